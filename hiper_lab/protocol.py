@@ -1,0 +1,207 @@
+"""The Plan-Execute text: what the agent reads and what it must write.
+
+A response is three blocks, in this order: ``<switch>KEEP|SWITCH</switch>``, ``<subgoal>…</subgoal>``,
+``<action>…</action>`` (HiPER, arXiv 2602.16165, section 3). This module renders prompts, parses
+responses strictly, and gives every response token exactly one :class:`Role`.
+
+Left out on purpose: tokenizers, models, repair of malformed text. Text in, text out.
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+TAGS = ("switch", "subgoal", "action")
+# The text between the agent's own words. Guided decoding injects it, free decoding must write it.
+SKELETON = ("<switch>", "</switch>\n<subgoal>", "</subgoal>\n<action>", "</action>")
+KEEP, SWITCH = "KEEP", "SWITCH"
+NO_SUBGOAL = "None"
+
+
+class Role(IntEnum):
+    """What a response token is part of; decides which level's credit it gets."""
+
+    SWITCH = 0
+    SUBGOAL = 1
+    ACTION = 2
+    FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Response:
+    """One parsed response. ``problems`` is empty for well-formed text.
+
+    A malformed response keeps the active subgoal and carries the empty action, which every
+    environment answers with "nothing happens": it is never repaired.
+    """
+
+    switch: bool
+    subgoal: str
+    action: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a prompt may show at one turn."""
+
+    task: str
+    observation: str
+    admissible: list[str]
+    subgoal: str = ""
+    history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
+
+
+def parse(text: str, active_subgoal: str = "") -> Response:
+    """Read a response strictly and say what is malformed.
+
+    Args:
+        text: The model's whole response.
+        active_subgoal: The subgoal in force before this turn; kept if the response is malformed.
+
+    Returns:
+        The response; ``problems`` names each defect with what was seen.
+
+    Example:
+        >>> parse("<switch>SWITCH</switch>\\n<subgoal>find a mug</subgoal>\\n<action>look</action>")
+        Response(switch=True, subgoal='find a mug', action='look', problems=())
+        >>> parse("<switch>maybe</switch><action>look</action>", "find a mug").problems
+        ("<switch> says 'maybe', expected KEEP or SWITCH", 'no <subgoal> block')
+    """
+    problems, blocks = [], {}
+    for tag in TAGS:
+        found = list(re.finditer(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+        if not found:
+            problems.append(f"no <{tag}> block")
+        elif len(found) > 1:
+            problems.append(f"{len(found)} <{tag}> blocks, expected one")
+        else:
+            blocks[tag] = found[0]
+            if not found[0][1].strip():
+                problems.append(f"empty <{tag}> block")
+    word = blocks["switch"][1].strip() if "switch" in blocks else KEEP
+    if word and word not in (KEEP, SWITCH):
+        problems.insert(0, f"<switch> says {_short(word)}, expected KEEP or SWITCH")
+    if len(blocks) == len(TAGS):
+        starts = [blocks[tag].start() for tag in TAGS]
+        if starts != sorted(starts):
+            problems.append("blocks out of order, expected switch, subgoal, action")
+        outside = text
+        for match in blocks.values():
+            outside = outside.replace(match[0], "")
+        if outside.strip():
+            problems.append(f"text outside the blocks: {_short(outside.strip())}")
+    if problems:
+        return Response(False, active_subgoal, "", tuple(problems))
+    return Response(word == SWITCH, blocks["subgoal"][1].strip(), blocks["action"][1].strip())
+
+
+def write(switch: bool, subgoal: str, action: str) -> str:
+    """The well-formed response for a decision; ``parse`` is its inverse."""
+    words = (SWITCH if switch else KEEP, subgoal, action)
+    return "".join(a + b for a, b in zip(SKELETON, (*words, ""), strict=True))
+
+
+def roles(pieces: list[str]) -> list[Role]:
+    """One Role per token of a freely written response.
+
+    A token belongs to the block in which its first character lies, tags included, so no token can
+    have two roles; a token outside every block, and every token of a malformed response, is FORMAT.
+
+    Args:
+        pieces: The text of each response token; their concatenation is the response.
+
+    Example:
+        >>> [r.name for r in roles(["<switch>", "KEEP", "</switch>", "\\n", "<subgoal>a</subgoal>",
+        ...                         "<action>", "b", "</action>"])][:5]
+        ['SWITCH', 'SWITCH', 'SWITCH', 'FORMAT', 'SUBGOAL']
+    """
+    text = "".join(pieces)
+    result = [Role.FORMAT] * len(pieces)
+    if parse(text).problems:
+        return result
+    for tag, role in zip(TAGS, (Role.SWITCH, Role.SUBGOAL, Role.ACTION), strict=True):
+        start, end = re.search(f"<{tag}>.*?</{tag}>", text, re.DOTALL).span()
+        position = 0
+        for i, piece in enumerate(pieces):
+            if start <= position < end:
+                result[i] = role
+            position += len(piece)
+    return result
+
+
+# ------------------------------------------------------------------------------------- templates
+
+_RULES = """\
+At every turn, answer with exactly three blocks, in this order and with nothing else:
+1) <switch>: KEEP to go on with the current subgoal, or SWITCH to replace it.
+2) <subgoal>: the subgoal you follow from now on. With KEEP copy the current subgoal exactly; with \
+SWITCH write a new, short one that a few actions can reach. It is neither the whole task nor a \
+single action.
+3) <action>: one admissible action, copied word for word.
+
+<switch>KEEP or SWITCH</switch>
+<subgoal>your subgoal</subgoal>
+<action>your action</action>
+"""
+_ROLE = "You are an expert agent acting in a text environment. You finish the task by always \
+following one short-term subgoal: a small objective that a few actions can reach.\n"
+
+
+def render(template: str, context: Context, history_turns: int) -> tuple[str, str]:
+    """Render a prompt as ``(static, dynamic)``; the prompt is their concatenation.
+
+    ``static`` is the same at every turn of every episode, so samplers compute its KV cache once.
+
+    Args:
+        template: ``full`` (instructions first, so that they are cached), ``upstream`` (the blocks of
+            the released HiPER prompt in its order, instructions last; the wording is ours), or
+            ``compact`` (no instructions: for tiny models trained on it).
+        history_turns: How many past turns are shown (actions only in ``compact``).
+
+    Raises:
+        ValueError: If the template is unknown.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}, expected one of {sorted(TEMPLATES)}")
+    past = context.history[-history_turns:] if history_turns else []
+    return TEMPLATES[template](context, past)
+
+
+def _full(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
+    return f"{_ROLE}{_RULES}\n", f"Your task: {context.task}\n{_situation(context, past)}"
+
+
+def _upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
+    task = f"Your overall task is: {context.task}\n" if past else ""
+    return _ROLE, f"{task}{_situation(context, past)}\n{_RULES}"
+
+
+def _situation(context: Context, past: list[tuple[str, str]]) -> str:
+    first = len(context.history) - len(past) + 1
+    lines = [
+        f"[Observation {k}: '{seen}', Action {k}: '{done}']"
+        for k, (seen, done) in enumerate(past, first)
+    ]
+    shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
+    actions = "\n ".join(f"'{a}'" for a in context.admissible if a != "help")
+    return (
+        shown + "".join(line + "\n" for line in lines)
+        + f"Your current observation is:\n{context.observation.strip()}\n"
+        + f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n"
+        + f"Your admissible actions are:\n[{actions}]\n"
+    )
+
+
+def _compact(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
+    # The first observation repeats the task and a banner: a tiny model is spared both.
+    seen = context.observation.split("\n\nYour task is to:")[0].split("=-\n\n")[-1].strip()
+    actions = "".join(f"> {action}\n" for _, action in past)
+    return "", f"{context.task}\n{actions}{seen}\n# {context.subgoal or NO_SUBGOAL}\n"
+
+
+TEMPLATES = {"full": _full, "upstream": _upstream, "compact": _compact}
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -1,0 +1,160 @@
+"""Collecting: play a batch of episodes in lock step and keep exactly what was read and written.
+
+Token ids are kept as sampled and never re-tokenised; episodes that have ended cost nothing.
+
+Left out on purpose: values, credit, anything that needs the whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hiper_lab import protocol
+from hiper_lab.sampling import DECODERS, DECODINGS, Codec, Draft, Prompt, Sampler
+from hiper_lab.trajectory import EndReason, Trajectory, Turn
+
+
+class TextEnv(Protocol):
+    """A text environment in Gymnasium's manner; ``info`` has ``admissible``, ``won`` and ``task``."""
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]: ...
+
+    def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How prompts are rendered and responses decoded."""
+
+    template: str = "compact"
+    """``compact`` (for the embedded model), ``full`` or ``upstream``."""
+    decoding: str = "guided"
+    """``guided`` or ``free``."""
+    history_turns: int = 24
+    """Past turns shown in the prompt."""
+    max_prompt_tokens: int = 2048
+    """An episode whose prompt grows longer ends with ``token_limit``."""
+    max_new_tokens: int = 16
+    """Longest subgoal (guided) or longest response (free), in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+
+    def __post_init__(self):
+        for name, choices in (("template", protocol.TEMPLATES), ("decoding", DECODINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}")
+        if self.temperature < 0 or self.max_new_tokens < 1 or self.history_turns < 0:
+            raise ValueError(
+                "expected temperature ≥ 0, max_new_tokens ≥ 1, history_turns ≥ 0, "
+                f"got {self.temperature}, {self.max_new_tokens}, {self.history_turns}"
+            )
+
+
+@dataclass
+class _Episode:
+    """An episode in progress."""
+
+    env: TextEnv
+    task: str
+    observation: str
+    admissible: list[str]
+    prompt: Prompt | None = None
+    subgoal: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    history: list[tuple[str, str]] = field(default_factory=list)
+    end: EndReason | None = None
+    detail: str = ""
+
+
+def collect(
+    sampler: Sampler,
+    codec: Codec,
+    envs: Sequence[TextEnv],
+    config: RolloutConfig,
+    *,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    on_turn: Callable[[int], None] = lambda running: None,
+) -> list[Trajectory]:
+    """Play one episode in each environment, all in lock step.
+
+    Args:
+        names: The game of each environment, for the record.
+        seeds: Passed to each environment's ``reset``.
+        on_turn: Called after every lock-step turn with the number of episodes still running.
+
+    Returns:
+        One trajectory per environment, in order. An environment that raises ends its episode with
+        ``EndReason.ERROR`` and the message; the others go on.
+
+    Raises:
+        ValueError: If an episode's very first prompt is longer than ``max_prompt_tokens``.
+    """
+    episodes = []
+    for env, seed in zip(envs, seeds, strict=True):
+        observation, info = env.reset(seed=seed)
+        episodes.append(_Episode(env, info["task"], observation, info["admissible"]))
+        _render(episodes[-1], codec, config)
+        if episodes[-1].end:
+            raise ValueError(
+                f"the first prompt has {len(episodes[-1].prompt.ids)} tokens, more than "
+                f"max_prompt_tokens={config.max_prompt_tokens}; raise it or use a shorter template"
+            )
+    running = list(episodes)
+    while running:
+        drafts = [Draft() for _ in running]
+        decode = DECODERS[config.decoding]
+        decoders = [
+            decode(codec, draft, e.subgoal, e.admissible, config.max_new_tokens)
+            for draft, e in zip(drafts, running, strict=True)
+        ]
+        responses = sampler([e.prompt for e in running], drafts, decoders)
+        for episode, draft, response in zip(running, drafts, responses, strict=True):
+            _act(episode, codec, draft, response)
+            _render(episode, codec, config)
+        running = [e for e in running if e.end is None]
+        on_turn(len(running))
+    return [
+        Trajectory(
+            id=f"{k:04d}", task=e.task, game=name, seed=seed, turns=e.turns, end=e.end,
+            final_observation=e.observation, final_prompt_ids=e.prompt.ids, detail=e.detail,
+        )
+        for k, (e, name, seed) in enumerate(zip(episodes, names, seeds, strict=True))
+    ]  # fmt: skip
+
+
+def _act(episode: _Episode, codec: Codec, draft: Draft, response: protocol.Response) -> None:
+    """Write the turn down and step the environment."""
+    turn = Turn(
+        observation=episode.observation, admissible=episode.admissible,
+        prompt_ids=episode.prompt.ids, response_ids=draft.ids, roles=draft.roles,
+        logprobs=[round(x, 6) for x in draft.logprobs], chosen=draft.chosen,
+        response=codec.decode(draft.ids), switch=response.switch, subgoal=response.subgoal,
+        action=response.action, problems=list(response.problems),
+        **{f"value_{level}": value for level, value in draft.values.items()},
+    )  # fmt: skip
+    episode.turns.append(turn)
+    episode.history.append((episode.observation, response.action))
+    episode.subgoal = response.subgoal
+    try:
+        seen, turn.reward, terminated, truncated, info = episode.env.step(response.action)
+    except Exception as error:  # a broken environment must not take the batch with it
+        episode.end, episode.detail = EndReason.ERROR, f"{type(error).__name__}: {error}"
+        return
+    episode.observation, episode.admissible = seen, info["admissible"]
+    if terminated:
+        episode.end = EndReason.WON if info["won"] else EndReason.LOST
+    elif truncated:
+        episode.end = EndReason.TURN_LIMIT
+
+
+def _render(episode: _Episode, codec: Codec, config: RolloutConfig) -> None:
+    """The prompt of the next turn; also after the last one, for bootstrapping."""
+    context = protocol.Context(
+        episode.task, episode.observation, episode.admissible, episode.subgoal, episode.history
+    )
+    episode.prompt = codec.prompt(
+        *protocol.render(config.template, context, config.history_turns)
+    )
+    if episode.end is None and len(episode.prompt.ids) > config.max_prompt_tokens:
+        episode.end = EndReason.TOKEN_LIMIT

@@ -1,0 +1,225 @@
+"""Runs: one papermill execution of ``notebooks/20_train.ipynb`` is one folder.
+
+``python -m hiper_lab.runs launch experiments/tiny_household.yaml`` checks every parameter before a
+kernel starts, writes a manifest, follows the run with a progress bar, and resumes it if it was
+interrupted. The folder holds config.json, manifest.json, metrics.jsonl, rollouts/, checkpoints/ and
+the executed notebook.
+
+Left out on purpose: sweeps and clusters.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import papermill
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+import hiper_lab
+from hiper_lab.train import TrainConfig, parameter_names
+from hiper_lab.trajectory import write_atomic
+
+NOTEBOOK = Path("notebooks") / "20_train.ipynb"
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
+_SHELL_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")
+
+
+def read_experiment(path: Path | str) -> dict[str, Any]:
+    """Parameters of an experiment file.
+
+    Raises:
+        FileNotFoundError: If there is no such file, naming those that are there.
+        ValueError: If it is not a YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        raise FileNotFoundError(f"no experiment {str(path)!r}; there are {there or 'none'}")
+    try:
+        parameters = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path} holds {type(parameters).__name__}, expected parameter: value lines")
+    return parameters
+
+
+def notebook_parameters(names: dict[str, Any]) -> dict[str, Any]:
+    """The training parameters among a notebook's variables, strictly: ``notebook_parameters(globals())``.
+
+    Called right after the parameters cell, when nothing else is defined; whatever papermill injected
+    that no one knows is therefore seen here and refused.
+
+    Raises:
+        ValueError: By ``TrainConfig.from_parameters``, when it is given the result.
+    """
+    return {
+        name: value for name, value in names.items()
+        if not name.startswith("_") and name not in (*_SHELL_NAMES, "run_folder")
+        and not isinstance(value, (type, types.ModuleType, types.FunctionType))
+    }  # fmt: skip
+
+
+def manifest(config: TrainConfig) -> dict[str, Any]:
+    """What a reader needs to repeat a run: code, packages, hardware, seed."""
+    root = Path(hiper_lab.__file__).parent.parent
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "hiper_lab": hiper_lab.__version__, "commit": described.stdout.strip() or None,
+        "python": platform.python_version(), "system": platform.system(),
+        "machine": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "seed": config.seed,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def read_metrics(folder: Path | str) -> pd.DataFrame:
+    """``metrics.jsonl`` as a frame with one row per iteration; an unfinished last line is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
+
+
+def summary(folder: Path | str) -> str:
+    """One line: held-out success before and after.
+
+    Raises:
+        ValueError: If the run has no evaluation before and after.
+    """
+    metrics = read_metrics(folder)
+    done = metrics.dropna(subset=["eval/success"]) if "eval/success" in metrics else metrics[:0]
+    if len(done) < 2:
+        raise ValueError(f"{folder} has {len(done)} evaluations, expected one before and one after")
+    before, after = done["eval/success"].iloc[0], done["eval/success"].iloc[-1]
+    games, minutes = int(done["eval/games"].iloc[-1]), metrics["time/total_s"].max() / 60
+    return f"held-out success {before:.1%} -> {after:.1%} ({games} games, {minutes:.1f} min)"
+
+
+def launch(
+    parameters: dict[str, Any], folder: Path | str, notebook: Path | str = NOTEBOOK
+) -> Path:
+    """Execute the training notebook by papermill into a run folder; resumes a run already there.
+
+    Args:
+        parameters: Flat training parameters; anything unknown or ill-typed is refused here.
+        folder: The run's folder.
+
+    Returns:
+        Path of the executed notebook.
+
+    Raises:
+        ValueError: On a bad parameter, before anything is written or started.
+        papermill.PapermillExecutionError: If a cell fails; the executed notebook shows where.
+    """
+    config = TrainConfig.from_parameters(parameters)
+    folder, notebook = Path(folder), Path(notebook)
+    if not notebook.is_file():
+        raise FileNotFoundError(f"no notebook {str(notebook)!r}; run from the repository's root")
+    declared = papermill.inspect_notebook(str(notebook))
+    missing = sorted(set(parameters) - set(declared))
+    if missing:
+        raise ValueError(f"{notebook} declares no parameter {missing}; expected {sorted(declared)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "manifest.json").exists():
+        text = json.dumps(manifest(config), indent=1) + "\n"
+        write_atomic(folder / "manifest.json", text.encode())
+    executed = folder / notebook.name
+    with _progress(folder, config.iterations):
+        papermill.execute_notebook(
+            str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
+            kernel_name="python3", progress_bar=False, store_widget_state=False,
+        )  # fmt: skip
+    return executed
+
+
+@contextmanager
+def _progress(folder: Path, iterations: int):
+    """A progress bar that follows metrics.jsonl while another process writes it."""
+    over = threading.Event()
+
+    def follow() -> None:
+        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as bar:
+            while not over.wait(0.5):
+                show(bar)
+            show(bar)
+
+    def show(bar: tqdm) -> None:
+        try:
+            metrics = read_metrics(folder)
+        except ValueError:  # a line is being written
+            return
+        if not len(metrics):
+            return
+        at = int(metrics["iteration"].iloc[-1])
+        if bar.n == 0 and at > 1:  # resumed: the rate counts from here
+            bar.initial = at
+        if at != bar.n:
+            bar.update(at - bar.n)
+        if "rollout/success" in metrics and at:
+            latest = metrics["rollout/success"].tail(5).mean()
+            bar.set_postfix_str(f"training success {latest:.0%}", refresh=False)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hiper_lab.runs", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("launch", help="run or resume an experiment by papermill")
+    start.add_argument("experiment", help="a YAML file of parameters, see experiments/")
+    start.add_argument("--out", help="run folder (default: runs/<experiment>-seed<seed>)")
+    start.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
+        help="override a parameter; may be repeated",
+    )  # fmt: skip
+    commands.add_parser("parameters", help="list all training parameters")
+    args = parser.parse_args(arguments)
+    if args.command == "parameters":
+        print("\n".join(parameter_names()))
+        return 0
+    try:
+        parameters = read_experiment(args.experiment)
+        parameters |= {name: yaml.safe_load(value) for name, value in args.overrides}
+        seed = parameters.get("seed", 0)
+        folder = Path(args.out or f"runs/{Path(args.experiment).stem}-seed{seed}")
+        executed = launch(parameters, folder)
+        print(f"executed notebook: {executed}")
+        print(summary(folder))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except papermill.PapermillExecutionError as error:
+        print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"see {folder / NOTEBOOK.name}; the same command resumes", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; nothing in {folder} is lost, the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

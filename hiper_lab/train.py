@@ -1,0 +1,682 @@
+"""The loop: collect → credit → update, as a generator of one report per iteration.
+
+``train(config)`` can be stepped from a notebook cell or run to its end; with a folder it writes
+metrics, rollouts and checkpoints, and the same call resumes after any interruption. All randomness
+comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit on a
+CPU, the run that was never interrupted.
+
+Left out on purpose: other machines (accelerate), other engines (vLLM), launching (see runs).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hiper_lab import objective, trajectory
+from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
+from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
+from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
+from hiper_lab.objective import PPOConfig, Sample, micro_batches
+from hiper_lab.policy import CRITICS, LEVELS, Policy, load_model
+from hiper_lab.rollout import RolloutConfig, collect
+from hiper_lab.sampling import Codec, hf_sampler
+from hiper_lab.trajectory import Trajectory
+
+ENVS = ("household", "alfworld", "webshop")
+PRESETS = ("lab", "paper", "upstream")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run. Written to ``config.json``; flat names in notebooks and YAML."""
+
+    seed: int = 0
+    """Seed of everything random in the run."""
+    env: str = "household"
+    """``household`` (generated games), ``alfworld`` (a folder of game files), ``webshop``."""
+    env_path: str = ""
+    """Folder of ALFWorld's json_2.1.1 games (or of WebShop's files); empty: $ALFWORLD_DATA."""
+    env_size: str = "small"
+    """Size of generated household games: small, medium or full."""
+    env_tasks: tuple[str, ...] = ()
+    """Task types of the games; empty: all six."""
+    max_turns: int = 24
+    """Turn limit of an episode."""
+    reward_scale: float = 1.0
+    """Reward of success (upstream: 10)."""
+    model: str = "tiny"
+    """``tiny``, ``smollm``, a local folder, or a name on the model hub."""
+    critic: str = "separate"
+    """Where the value heads sit: shared, adapter or separate."""
+    critic_model: str = ""
+    """Start of the separate critic; empty: a copy of the policy's start."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    iterations: int = 60
+    """Collect-and-learn rounds."""
+    episodes: int = 64
+    """Episodes per iteration, each in a game of its own."""
+    warmup_iterations: int = 5
+    """First iterations that train only the critic."""
+    lr: float = 3e-4
+    """Learning rate of the policy."""
+    critic_lr: float = 1e-3
+    """Learning rate of heads and critic."""
+    lr_final: float = 0.1
+    """Both rates fall linearly to this fraction of themselves."""
+    epochs: int = 1
+    """Passes over the batch that train the policy (and the critic)."""
+    critic_epochs: int = 2
+    """Passes in all that train the critic, ≥ epochs."""
+    minibatch_turns: int = 128
+    """Turns per optimiser step."""
+    micro_batch_tokens: int = 16384
+    """Tokens (with padding) per forward pass; longer minibatches accumulate gradients."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped to this, for policy and critic each."""
+    advantage_scale: str = "common"
+    """``common``: centre each level, divide all by one scale, clamp to ±5; ``none``."""
+    logprob_gap_limit: float = 0.05
+    """Stop if sampler and trainer disagree by more than this on any chosen token, in nats."""
+    eval_games: int = 200
+    """Held-out games per evaluation, before and after; 0 skips it."""
+    eval_split: str = "unseen"
+    """Split of the held-out games."""
+    eval_every: int = 0
+    """Evaluate every so many iterations too; 0: only before and after."""
+    eval_temperature: float = 1.0
+    """Sampling temperature of evaluations; 0 is greedy."""
+    checkpoint_every: int = 1
+    """Iterations between checkpoints."""
+    rollout_every: int = 10
+    """Iterations between recorded rollouts (the last is always recorded)."""
+    max_minutes: float = 0.0
+    """Stop cleanly, with the final evaluation, after so much training time; 0: no limit."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig.lab)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self):
+        splits, scales = SPLITS, ("common", "none")
+        for name, choices in {
+            "env": ENVS, "env_size": SIZES, "critic": CRITICS,
+            "eval_split": splits, "advantage_scale": scales,
+        }.items():  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
+        unknown = set(self.env_tasks) - set(TASK_TYPES)
+        if unknown:
+            raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
+        least = {"iterations": 0, "episodes": 1, "max_turns": 1, "epochs": 1, "minibatch_turns": 1,
+                 "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1, "eval_games": 0,
+                 "eval_every": 0, "warmup_iterations": 0, "critic_epochs": self.epochs,
+                 "lora_rank": 0, "max_minutes": 0, "lr": 0, "critic_lr": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any]) -> "TrainConfig":
+        """Build the configuration from flat names, as notebooks and YAML files give them.
+
+        ``credit`` names a preset (lab, paper, upstream); any field of CreditConfig overrides it. A
+        value of None means "the default". Numbers may be given as int where float is meant.
+
+        Raises:
+            ValueError: On an unknown name (with the nearest known one), or a value of another type.
+
+        Example:
+            >>> TrainConfig.from_parameters({"credit": "paper", "gamma": 0.9}).credit.lam_boundary
+            0.0
+            >>> TrainConfig.from_parameters({"iteration": 3})
+            Traceback (most recent call last):
+            ValueError: unknown parameter 'iteration'; did you mean 'iterations'?
+        """
+        given = {name: value for name, value in parameters.items() if value is not None}
+        preset = given.pop("credit", "lab")
+        if preset not in PRESETS:
+            raise ValueError(f"credit is {preset!r}, expected one of {PRESETS}")
+        stages = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
+        values: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "own")}
+        for name, value in given.items():
+            for stage, kind in (*stages.items(), ("own", cls)):
+                if name in kind.__dataclass_fields__ and name not in stages:
+                    values[stage][name] = check_type(name, value, typing.get_type_hints(kind)[name])
+                    break
+            else:
+                raise ValueError(f"unknown parameter {name!r}{_nearest(name)}")
+        credit = dataclasses.replace(getattr(CreditConfig, preset)(), **values["credit"])
+        return cls(
+            **values["own"], credit=credit,
+            rollout=RolloutConfig(**values["rollout"]), ppo=PPOConfig(**values["ppo"]),
+        )  # fmt: skip
+
+
+def parameter_names() -> list[str]:
+    """All flat parameter names that ``TrainConfig.from_parameters`` takes."""
+    stages = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
+    own = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in stages]
+    return own + ["credit"] + [f.name for k in stages.values() for f in dataclasses.fields(k)]
+
+
+def check_type(name: str, value: Any, kind: Any) -> Any:
+    """Return the value as ``kind``, or raise a ValueError that names what was seen and expected."""
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(check_type(name, v, typing.get_args(kind)[0]) for v in value)
+    if origin is typing.Literal and value in typing.get_args(kind):
+        return value
+    if origin in (types.UnionType, typing.Union):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    expected = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise ValueError(f"{name} is {value!r} ({type(value).__name__}), expected {expected}")
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, parameter_names(), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ------------------------------------------------------------------------------------------ worlds
+
+
+def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[list, list[str]]:
+    """``count`` environments of a split and their names, from number ``start`` of an endless list.
+
+    Raises:
+        FileNotFoundError: If the game files of ``alfworld`` are not there.
+        ValueError: If the environment is not available in this version.
+    """
+    tasks = config.env_tasks or TASK_TYPES
+    if config.env == "household":
+        games = [
+            generate_game(k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)])
+            for k in range(start, start + count)
+        ]
+        names = [f"{split}/{config.env_size}/{k}" for k in range(start, start + count)]
+    elif config.env == "alfworld":
+        folder = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}[split]
+        paths = _alfworld_games(config.env_path, folder, tasks)
+        chosen = [paths[k % len(paths)] for k in range(start, start + count)]
+        games, names = [load_game(path) for path in chosen], [str(p.parent.name) for p in chosen]
+    else:
+        raise ValueError("env 'webshop' is not part of this version; expected household or alfworld")
+    return [HouseholdEnv(game, config.max_turns) for game in games], names
+
+
+def _alfworld_games(env_path: str, split: str, tasks: tuple[str, ...]) -> list[Path]:
+    root = Path(env_path or os.environ.get("ALFWORLD_DATA", "")).expanduser()
+    folders = [root / split, root / "json_2.1.1" / split]
+    folder = next((f for f in folders if (env_path or str(root) != ".") and f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no ALFWorld games in {str(root)!r}: expected a folder {split!r} with game.tw-pddl files. "
+            "Download them with `alfworld-download` and set env_path or $ALFWORLD_DATA"
+        )
+    paths = [p for p in find_games(folder) if any(task in str(p) for task in tasks)]
+    if not paths:
+        raise FileNotFoundError(f"no playable game of {tasks} under {folder}")
+    return paths
+
+
+# ------------------------------------------------------------------------------------- the trainer
+
+
+class Evaluation(NamedTuple):
+    """Success on held-out games with a 95% Wilson interval."""
+
+    success: float
+    low: float
+    high: float
+    games: int
+
+
+@dataclass
+class StepReport:
+    """What one iteration did. Iteration 0 is the evaluation before any training."""
+
+    iteration: int
+    metrics: dict[str, float]
+    trajectories: list[Trajectory] = field(default_factory=list)
+    grid: TurnGrid | None = None
+    values: Values | None = None
+    credit: Credit | None = None
+    evaluation: Evaluation | None = None
+
+
+@dataclass
+class State:
+    """What training changes: weights, optimiser, how far it is."""
+
+    config: TrainConfig
+    policy: Policy
+    codec: Codec
+    optimizer: torch.optim.AdamW
+    iteration: int = 0
+    seconds: float = 0.0
+
+
+def set_up(config: TrainConfig) -> State:
+    """Load the models and make the optimiser."""
+    torch.manual_seed(config.seed)  # new heads and adapters
+    model, tokenizer = load_model(config.model)
+    critic_model = load_model(config.critic_model)[0] if config.critic_model else None
+    policy = Policy(
+        model, tokenizer, critic=config.critic, lora_rank=config.lora_rank,
+        critic_model=critic_model, reference=config.ppo.kl_coef > 0,
+    ).to(model.device)  # fmt: skip
+    own, critic = policy.parameters_by_owner()
+    optimizer = torch.optim.AdamW(
+        [{"params": list(own.values())}, {"params": list(critic.values())}], weight_decay=0.01
+    )
+    return State(config, policy, Codec(tokenizer), optimizer)
+
+
+def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[StepReport]:
+    """Train, yielding a StepReport per iteration.
+
+    Args:
+        folder: The run's folder. Metrics, rollouts and checkpoints go there; if it already holds a
+            run of this configuration, that run is resumed. None keeps nothing.
+
+    Raises:
+        ValueError: If the folder holds a run with another configuration.
+
+    Example:
+        ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
+    """
+    run = RunFolder(folder, config) if folder else None
+    state = set_up(config)
+    if run:
+        run.restore(state)
+    if state.iteration == 0:
+        # an interruption during the evaluation leaves nothing behind and starts over
+        if config.eval_games:
+            report = StepReport(0, {"iteration": 0}, evaluation=evaluate(state))
+            _log_evaluation(report)
+            if run:
+                run.record(report, state)
+            yield report
+        elif run:
+            run.record(StepReport(0, {"iteration": 0}), state)
+    while state.iteration < config.iterations and not _finished_early(state):
+        report = step(state)
+        last = state.iteration == config.iterations or _finished_early(state)
+        due = config.eval_every and state.iteration % config.eval_every == 0
+        if config.eval_games and (last or due):
+            report.evaluation = evaluate(state)
+            _log_evaluation(report)
+        if run:
+            run.record(report, state, last=last)
+        yield report
+
+
+def _finished_early(state: State) -> bool:
+    limit = state.config.max_minutes * 60
+    return bool(limit) and state.seconds >= limit
+
+
+def step(state: State) -> StepReport:
+    """One iteration: collect, credit, update. The whole method, in the order of the paper."""
+    config, policy, codec = state.config, state.policy, state.codec
+    started = time.perf_counter()
+    envs, names = make_envs(config, "train", state.iteration * config.episodes, config.episodes)
+    seeds = [config.seed + i for i in range(config.episodes)]
+    generator = _generator(config, state.iteration, "collect", policy.device)
+    sampler = hf_sampler(policy, config.rollout.temperature, generator)
+    trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
+    collected = time.perf_counter()
+    samples = objective.pack(
+        trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
+    )
+    grid = trajectory.to_grid(trajectories)
+    grid = grid._replace(reward=grid.reward * config.reward_scale)
+    values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
+    if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":
+        values = objective.mix_switch_values(
+            policy, codec, trajectories, values, config.micro_batch_tokens
+        )
+    credit = estimate(grid, values, config.credit)
+    flat = config.credit.estimator != "hae"
+    scaled = scale_advantages(grid, credit) if config.advantage_scale == "common" else credit
+    objective.assign(samples, trajectories, values, scaled, high_everywhere=flat)
+    logged = update(state, samples)
+    state.iteration += 1
+    trajectory.attach(trajectories, values, credit)
+    metrics = {"iteration": state.iteration}
+    metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
+    metrics |= logged
+    ended = time.perf_counter()
+    state.seconds += ended - started
+    metrics |= {
+        "time/collect_s": collected - started, "time/update_s": ended - collected,
+        "time/total_s": state.seconds,
+    }  # fmt: skip
+    return StepReport(state.iteration, metrics, trajectories, grid, values, credit)
+
+
+def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
+    """Centre each level over its turns, divide all levels by one scale, clamp to ±5.
+
+    One common scale keeps the levels' sizes relative to each other, which whitening each level does
+    not (papers on per-level whitening: the joint direction is no longer the gradient's).
+    """
+    valid = torch.arange(grid.reward.shape[1]) < grid.length[:, None]
+    masks = {"high": valid & grid.boundary, "low": valid, "switch": valid}
+    centred = {}
+    for level, mask in masks.items():
+        advantage = getattr(credit, level)
+        centred[level] = torch.where(mask, advantage - advantage[mask].mean(), 0)
+    scale = torch.cat([centred[level][mask] for level, mask in masks.items()]).std().clamp_min(1e-6)
+    return credit._replace(**{k: (a / scale).clamp(-5, 5) for k, a in centred.items()})
+
+
+# ------------------------------------------------------------------------------------------ update
+
+
+def update(state: State, samples: list[Sample]) -> dict[str, float]:
+    """PPO epochs over the batch.
+
+    The sampler's log-probabilities are PPO's old ones. In the first minibatch, before any step, the
+    trainer must reproduce them: the largest difference is logged as ``policy/logprob_gap``.
+
+    Raises:
+        RuntimeError: If they disagree by more than ``logprob_gap_limit``, or a loss is not finite.
+    """
+    config, policy = state.config, state.policy
+    warming_up = state.iteration < config.warmup_iterations
+    logged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    if config.ppo.kl_coef:
+        _score_reference(state, samples)
+    progress = state.iteration / max(1, config.iterations)
+    decay = 1 - (1 - config.lr_final) * progress
+    for group, rate in zip(state.optimizer.param_groups, (config.lr, config.critic_lr), strict=True):
+        group["lr"] = rate * decay
+    generator = _generator(config, state.iteration, "shuffle")
+    for epoch in range(config.critic_epochs):
+        train_policy = epoch < config.epochs and not warming_up
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        for start in range(0, len(order), config.minibatch_turns):
+            chosen = [samples[i] for i in order[start : start + config.minibatch_turns]]
+            on_policy = epoch == start == 0
+            _minibatch(state, chosen, train_policy, on_policy, logged)
+    means = {k: total / count for k, (total, count) in logged.items() if count}
+    return means | {"policy/trained": float(not warming_up), "policy/lr": config.lr * decay}
+
+
+@torch.no_grad()
+def _score_reference(state: State, samples: list[Sample]) -> None:
+    """Log-probabilities of the chosen tokens under the reference policy."""
+    config, policy = state.config, state.policy
+    for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
+        rows = [samples[i] for i in index]
+        batch = objective.collate(rows, policy.vocab, policy.device)
+        hidden, t = policy.hidden(batch.ids, "reference"), config.rollout.temperature
+        logprob = objective.read_scores(policy, batch, hidden, t, "reference").logprob
+        split = logprob.cpu().split([len(s.at) for s in rows])
+        for row, part in zip(rows, split, strict=True):
+            row.logprob_reference = part.tolist()
+
+
+def _check_gap(gap: float, config: TrainConfig) -> None:
+    if not gap <= config.logprob_gap_limit:
+        raise RuntimeError(
+            f"sampler and trainer disagree by {gap:.3g} nats on a token they should score alike "
+            f"(limit {config.logprob_gap_limit}); the weights of the sampler may be stale, or the "
+            "precision too low. Raise logprob_gap_limit only if you know why"
+        )
+
+
+def _minibatch(
+    state: State, samples: list[Sample], train_policy: bool, on_policy: bool, logged: dict
+) -> None:
+    """One optimiser step; micro-batches add up to exactly the minibatch's gradient."""
+    config, policy = state.config, state.policy
+    tokens = max(1, sum(len(s.at) for s in samples))
+    counts = torch.tensor([sum(s.train_high for s in samples), len(samples), len(samples)])
+    counts = counts.clamp_min(1).to(policy.device)
+    state.optimizer.zero_grad()
+    for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
+        batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
+        hidden = policy.hidden(batch.ids) if train_policy else None
+        loss = torch.zeros((), device=policy.device)
+        if hidden is not None and len(batch.token):
+            now = objective.read_scores(policy, batch, hidden, config.rollout.temperature)
+            if on_policy:
+                gap = (now.logprob - batch.logprob_old).abs().max().item()
+                _check_gap(gap, config)
+                logged["policy/logprob_gap"] = [max(gap, logged["policy/logprob_gap"][0]), 1]
+            total, sums = objective.policy_loss(batch, now, config.ppo)
+            loss = loss + total / tokens
+            _add(logged, sums)
+        if policy.critic != "shared":
+            hidden = policy.hidden(batch.ids, "critic")
+        elif hidden is None:  # a shared trunk is not moved by the critic alone
+            hidden = policy.hidden(batch.ids).detach()
+        per_level = objective.value_loss(
+            batch, objective.read_values(policy, batch, hidden), config.ppo.value_clip
+        )
+        loss = loss + config.ppo.value_coef * (per_level / counts).sum()
+        trained = batch.value_trained.sum(0).tolist()
+        _add(logged, {
+            f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
+        })  # fmt: skip
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"loss is {loss.item()} at iteration {state.iteration}; lower the lr")
+        loss.backward()
+    for group, name in zip(state.optimizer.param_groups, ("policy", "value"), strict=True):
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        if train_policy or name == "value":
+            _add(logged, {f"{name}/grad_norm": (norm.item(), 1)})
+    state.optimizer.step()
+
+
+def _add(logged: dict, sums: dict[str, tuple[float, float]]) -> None:
+    for name, (total, count) in sums.items():
+        logged[name][0] += total
+        logged[name][1] += count
+
+
+def _generator(config: TrainConfig, iteration: int, purpose: str, device="cpu") -> torch.Generator:
+    purposes = ("collect", "shuffle", "evaluate")
+    seed = (config.seed * 1_000_003 + iteration) * len(purposes) + purposes.index(purpose)
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def rollout_metrics(trajectories: list[Trajectory], grid: TurnGrid) -> dict[str, float]:
+    """Success, return, length, and how the plan behaved."""
+    turns = [turn for t in trajectories for turn in t.turns]
+    choices = [turn.switch for t in trajectories for turn in t.turns[1:]]
+    segments = sum(sum(trajectory.boundaries(t)) for t in trajectories)
+    ends = [t.end for t in trajectories]
+    return {
+        "rollout/success": _mean([t.success for t in trajectories]),
+        "rollout/return": grid.reward.sum(1).mean().item(),
+        "rollout/turns": len(turns) / len(trajectories),
+        "rollout/errors": sum(end is trajectory.EndReason.ERROR for end in ends),
+        "plan/switch_rate": _mean(choices),
+        "plan/segment_turns": len(turns) / segments,
+        "format/malformed_rate": _mean([bool(turn.problems) for turn in turns]),
+    }
+
+
+def credit_metrics(
+    grid: TurnGrid, values: Values, credit: Credit, high_everywhere: bool
+) -> dict[str, float]:
+    """Spread of each level's advantage; how well each head predicts the undiscounted return to go."""
+    valid = torch.arange(grid.reward.shape[1]) < grid.length[:, None]
+    to_go = grid.reward.flip(1).cumsum(1).flip(1)
+    high = valid & (grid.boundary | high_everywhere)
+    metrics = {}
+    for level, mask in (("high", high), ("low", valid), ("switch", valid)):
+        value, goal = getattr(values, level)[mask], to_go[mask]
+        metrics[f"credit/{level}_std"] = getattr(credit, level)[mask].std(unbiased=False).item()
+        metrics[f"value/{level}_mean"] = value.mean().item()
+        spread = value.std(unbiased=False) * goal.std(unbiased=False)
+        covariance = ((value - value.mean()) * (goal - goal.mean())).mean()
+        if spread > 0:
+            metrics[f"value/{level}_correlation"] = (covariance / spread).item()
+        if goal.var(unbiased=False) > 0:
+            unexplained = (goal - value).var(unbiased=False) / goal.var(unbiased=False)
+            metrics[f"value/{level}_explained_variance"] = 1 - unexplained.item()
+    return metrics
+
+
+def evaluate(state: State, on_turn: Callable[[int], None] = lambda running: None) -> Evaluation:
+    """Play the held-out games with the current policy. The games are the same every time."""
+    config = state.config
+    envs, names = make_envs(config, config.eval_split, 0, config.eval_games)
+    generator = _generator(config, 0, "evaluate", state.policy.device)
+    sampler = hf_sampler(state.policy, config.eval_temperature, generator)
+    seeds = list(range(len(envs)))
+    played = collect(
+        sampler, state.codec, envs, config.rollout, names=names, seeds=seeds, on_turn=on_turn
+    )
+    won = [t.success for t in played]
+    return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% confidence interval of a success rate (Wilson 1927); valid at 0 and 1 too.
+
+    Example:
+        >>> [round(x, 3) for x in wilson_interval(46, 200)]
+        [0.177, 0.293]
+    """
+    p, n = successes / trials, trials
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _log_evaluation(report: StepReport) -> None:
+    e = report.evaluation
+    report.metrics |= {
+        "eval/success": e.success, "eval/success_low": e.low, "eval/success_high": e.high,
+        "eval/games": e.games,
+    }  # fmt: skip
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+class RunFolder:
+    """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/."""
+
+    def __init__(self, path: Path | str, config: TrainConfig):
+        self.path = Path(path)
+        file = self.path / "config.json"
+        ours = json.loads(json.dumps(asdict(config)))
+        if file.exists():
+            theirs = json.loads(file.read_text())
+            changed = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with another {', '.join(changed)}; "
+                    "use another folder, or delete this one to start over"
+                )
+        else:
+            trajectory.write_atomic(file, (json.dumps(ours, indent=1) + "\n").encode())
+
+    def record(self, report: StepReport, state: State, last: bool = False) -> None:
+        """Write what an iteration leaves behind; the checkpoint comes last and makes it count."""
+        config = state.config
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(report.metrics) + "\n")
+            file.flush()
+        if report.trajectories and (last or report.iteration % config.rollout_every == 0):
+            trajectory.save(
+                report.trajectories, self.path / "rollouts" / f"{report.iteration:06d}.jsonl.gz"
+            )
+        if last or report.iteration % config.checkpoint_every == 0:
+            save_checkpoint(state, self.path / "checkpoints" / f"{report.iteration:06d}")
+
+    def restore(self, state: State) -> None:
+        """Load the newest checkpoint, and drop metrics that are newer than it."""
+        found = sorted((self.path / "checkpoints").glob("[0-9]*"))
+        if not found:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        load_checkpoint(state, found[-1])
+        lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [s for s in lines if s.endswith("\n") and json.loads(s)["iteration"] <= state.iteration]
+        if kept != lines:
+            trajectory.write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
+
+
+def save_checkpoint(state: State, folder: Path) -> None:
+    """Weights, optimiser and progress, complete or not at all; older checkpoints are removed.
+
+    No random state is stored: every generator is made from the seed and the iteration.
+    """
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    weights = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
+    moments = {
+        f"{i}.{name}": tensor
+        for i, entry in state.optimizer.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
+    progress = {"iteration": state.iteration, "seconds": state.seconds}
+    trajectory.write_atomic(temporary / "weights.safetensors", save(_plain(weights)))
+    trajectory.write_atomic(temporary / "optimizer.safetensors", save(_plain(moments)))
+    trajectory.write_atomic(temporary / "progress.json", json.dumps(progress).encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    for old in sorted(folder.parent.glob("[0-9]*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(state: State, folder: Path) -> None:
+    """Put a checkpoint into a freshly set up state.
+
+    Raises:
+        ValueError: If its weights do not fit the model.
+    """
+    weights = load_file(folder / "weights.safetensors")
+    mine = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
+    if weights.keys() != mine.keys():
+        odd = sorted(weights.keys() ^ mine.keys())[:3]
+        raise ValueError(f"{folder} does not fit this model: weights differ in {odd}, …")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(weights[name])
+    moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        moments[int(index)][key] = tensor
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+    progress = json.loads((folder / "progress.json").read_text())
+    state.iteration, state.seconds = progress["iteration"], progress["seconds"]
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,193 @@
+"""The embedded model: a tokenizer and a tiny Llama, behaviour-cloned on an imperfect expert.
+
+``python -m hiper_lab.warmstart`` regenerates what ships in ``hiper_lab/models/tiny``. The clone uses
+the same prompts, decoder and renormalised log-probabilities as the trainer, so it is exactly the
+policy that reinforcement learning starts from.
+
+Left out on purpose: pretraining on text; the model knows household games and nothing else.
+"""
+
+import argparse
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hiper_lab import objective, protocol
+from hiper_lab.envs.games import TASK_TYPES, Expert, generate_game
+from hiper_lab.envs.household import HouseholdEnv
+from hiper_lab.policy import Policy
+from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Context
+from hiper_lab.rollout import RolloutConfig
+from hiper_lab.sampling import Codec, Draft, guided
+from hiper_lab.trajectory import EndReason, Trajectory, Turn
+
+FIRST_SEED = 1_000_000  # games of the expert, far from the games of training runs
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the expert saw and did at one turn."""
+
+    context: Context
+    switch: bool
+    subgoal: str
+    action: str
+
+
+def watch_expert(
+    episodes: int, mistake_rate: float, max_turns: int, seed: int
+) -> tuple[list[list[Decision]], float]:
+    """Let the expert play training games; its decisions, and its success rate."""
+    played, won = [], 0
+    for k in tqdm(range(episodes), desc="expert", leave=False):
+        game = generate_game(FIRST_SEED + seed + k, task_type=TASK_TYPES[k % len(TASK_TYPES)])
+        env = HouseholdEnv(game, max_turns)
+        expert = Expert(env, random.Random(f"expert/{seed}/{k}"), mistake_rate)
+        seen, info = env.reset()
+        decisions, history, subgoal, over = [], [], "", False
+        while not over:
+            switch, wanted, action = expert.act(seen, info)
+            context = Context(info["task"], seen, info["admissible"], subgoal, list(history))
+            decisions.append(Decision(context, switch, wanted, action))
+            history.append((seen, action))
+            subgoal = wanted
+            seen, _, terminated, truncated, info = env.step(action)
+            over = terminated or truncated
+        won += info["won"]
+        played.append(decisions)
+    return played, won / episodes
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without word splitting, in which names and numbers are atoms.
+
+    Phrases become single tokens ("\\n> go to ", ", you see a "). The names of things, and their
+    numbers, are never merged with what surrounds them: a tiny model can copy "mug 1" from an
+    observation into a command only if it is spelt the same way in both.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" \d+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    bpe.decoder = decoders.ByteLevel()
+    named = sorted({name for text in texts for name in re.findall(r"([a-z]+) \d", text)})
+    atoms = [AddedToken(name, single_word=True, normalized=False, special=False) for name in named]
+    atoms += [AddedToken(w, normalized=False, special=False) for w in (*SKELETON, KEEP, SWITCH)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(atoms), special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=24,
+    )  # fmt: skip
+    names = re.compile(rf"\b(?:{'|'.join(named)})\b")
+    bpe.train_from_iterator((part for text in texts for part in names.split(text)), trainer)
+    bpe.add_tokens(atoms)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def to_trajectory(decisions: list[Decision], codec: Codec, config: RolloutConfig) -> Trajectory:
+    """Write an expert's episode as the policy would have written it."""
+    turns = []
+    for d in decisions:
+        prompt = codec.prompt(*protocol.render(config.template, d.context, config.history_turns))
+        draft, ids = Draft(), codec.write(d.switch, d.subgoal, d.action)
+        decoder = guided(codec, draft, d.context.subgoal, d.context.admissible, config.max_new_tokens)
+        next(decoder)
+        try:
+            while True:
+                decoder.send(ids[len(draft.ids)])
+        except StopIteration as stop:
+            response = stop.value
+        turns.append(Turn(
+            d.context.observation, d.context.admissible, prompt.ids, draft.ids, draft.roles,
+            draft.logprobs, draft.chosen, codec.decode(draft.ids),
+            response.switch, response.subgoal, response.action,
+        ))  # fmt: skip
+    return Trajectory("expert", decisions[0].context.task, "", 0, turns, EndReason.TURN_LIMIT, "", [])
+
+
+def clone(
+    policy: Policy, samples: list[objective.Sample], *, epochs: int, lr: float, seed: int
+) -> float:
+    """Maximise the log-probability of the expert's choices; returns the last epoch's mean."""
+    own, _ = policy.parameters_by_owner()
+    optimizer = torch.optim.AdamW(own.values(), lr=lr, weight_decay=0.01)
+    shuffle = random.Random(seed)
+    steps = epochs * -(-len(samples) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    bar = tqdm(total=steps, desc="clone")
+    for _ in range(epochs):
+        order = shuffle.sample(range(len(samples)), len(samples))
+        total = count = 0.0
+        for start in range(0, len(order), 128):
+            rows = [samples[i] for i in order[start : start + 128]]
+            optimizer.zero_grad()
+            tokens = sum(len(s.at) for s in rows)
+            for index in objective.micro_batches([len(s.ids) for s in rows], 8192):
+                batch = objective.collate([rows[i] for i in index], policy.vocab, policy.device)
+                now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
+                (-now.logprob.sum() / tokens).backward()
+                total += now.logprob.sum().item()
+            count += tokens
+            torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(logprob=f"{total / count:.3f}")
+    return total / count
+
+
+def main() -> None:
+    """Regenerate the embedded model."""
+    parser = argparse.ArgumentParser(prog="python -m hiper_lab.warmstart", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models" / "tiny")
+    parser.add_argument("--episodes", type=int, default=1500, help="expert episodes (default 1500)")
+    parser.add_argument("--mistakes", type=float, default=0.3, help="expert's mistake rate")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--width", type=int, default=64, help="hidden size (default 64)")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=640)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    config = RolloutConfig()
+    played, success = watch_expert(args.episodes, args.mistakes, 24, args.seed)
+    print(f"expert: {success:.1%} success in {args.episodes} training games")
+    texts = [
+        text
+        for decisions in played[:500]
+        for d in decisions
+        for text in ("".join(protocol.render("compact", d.context, 24)), d.subgoal, *d.context.admissible)
+    ]
+    tokenizer = train_tokenizer(texts, args.vocab)
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width,
+        num_hidden_layers=args.layers, num_attention_heads=max(2, args.width // 16),
+        max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=args.width**-0.5,
+    ))  # fmt: skip
+    policy = Policy(model, tokenizer, critic="shared")
+    codec = Codec(tokenizer)
+    trajectories = [to_trajectory(d, codec, config) for d in played]
+    samples = objective.pack(trajectories, codec, config.decoding, config.max_new_tokens)
+    size = sum(p.numel() for p in model.parameters())
+    width = sum(len(s.ids) for s in samples) / len(samples)
+    print(f"{size / 1e6:.2f}M parameters, {len(samples)} turns of {width:.0f} tokens")
+    clone(policy, samples, epochs=args.epochs, lr=args.lr, seed=args.seed)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
