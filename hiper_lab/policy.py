@@ -104,9 +104,10 @@ class Policy(nn.Module):
             if critic == "adapter":
                 model.add_adapter("critic", lora)
         self.model = model
+        self._train_all_adapters()
         trunk = self.critic_model if critic == "separate" else model
         self.heads = Heads(trunk.config.get_text_config().hidden_size)
-        self.train()
+        self.eval()  # dropout would make sampler and trainer disagree; it stays off throughout
 
     # ------------------------------------------------------------------------------- forward
 
@@ -153,14 +154,14 @@ class Policy(nn.Module):
     @contextmanager
     def _adapter(self, name: str):
         self.model.set_adapter(name)
-        self._trainable_adapters()
+        self._train_all_adapters()
         try:
             yield
         finally:
             self.model.set_adapter("default")
-            self._trainable_adapters()
+            self._train_all_adapters()
 
-    def _trainable_adapters(self) -> None:
+    def _train_all_adapters(self) -> None:
         # peft freezes the adapter that is not active; both are being trained
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:

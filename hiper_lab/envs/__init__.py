@@ -1,0 +1,4 @@
+"""Text environments with one Gymnasium-style interface; import the module you need.
+
+``household`` plays ALFWorld game files in pure Python, ``games`` generates such games.
+"""
