@@ -101,7 +101,9 @@ def pack(
             start = len(turn.prompt_ids)
             chosen = np.flatnonzero(turn.chosen)
             roles = np.array(turn.roles)
-            action = start + (np.flatnonzero(roles == Role.ACTION)[0] if Role.ACTION in roles else 0)
+            action = start + (
+                np.flatnonzero(roles == Role.ACTION)[0] if Role.ACTION in roles else 0
+            )
             end = max(start + chosen[-1] + 1 if len(chosen) else start, action)
             samples.append(Sample(
                 ids=[*turn.prompt_ids, *turn.response_ids][:end],
@@ -191,7 +193,8 @@ def read_values(policy: Policy, batch: Batch, hidden: Tensor) -> Float[Tensor, "
     """The three heads at their reading positions."""
     rows = torch.arange(len(batch.ids), device=hidden.device)
     return torch.stack(
-        [policy.heads(level, hidden[rows, batch.value_at[:, k]]) for k, level in enumerate(LEVELS)], 1
+        [policy.heads(level, hidden[rows, batch.value_at[:, k]]) for k, level in enumerate(LEVELS)],
+        1,
     )
 
 
@@ -234,9 +237,9 @@ def mix_switch_values(
 ) -> Values:
     """The paper's switch baseline from two heads: V_switch = β V_high + (1 − β) V_low(s, g_prev).
 
-    β is the probability with which SWITCH was sampled. On a KEEP turn V_low(s, g_prev) is the turn's
-    own V_low; on a SWITCH turn it is read from the response the agent would have written to keep.
-    Turn 0 has no previous subgoal: V_switch = V_high.
+    β is the probability with which SWITCH was sampled. On a KEEP turn V_low(s, g_prev) is the
+    turn's own V_low; on a SWITCH turn it is read from the response the agent would have
+    written to keep. Turn 0 has no previous subgoal: V_switch = V_high.
 
     References:
         HiPER, arXiv:2602.16165, section 4 (the switch advantage has no head of its own).
@@ -278,7 +281,7 @@ def _reading_batch(samples: list[Sample], policy: Policy) -> Batch:
 # -------------------------------------------------------------------------------------------- loss
 
 
-Logged = dict[str, tuple[float, float]]  # name → (sum, count): micro-batches add up exactly
+Logged = dict[str, tuple[float | int, int]]  # name → (sum, count): micro-batches add up exactly
 
 
 def policy_loss(batch: Batch, now: Scores, config: PPOConfig) -> tuple[Tensor, Logged]:
@@ -316,7 +319,7 @@ def policy_loss(batch: Batch, now: Scores, config: PPOConfig) -> tuple[Tensor, L
 def value_loss(batch: Batch, now: Float[Tensor, "seq level"], clip: float) -> Tensor:
     """Clipped squared error per level, summed over the turns that train it.
 
-        L = max((V − G)², (V_old + clip(V − V_old, ±c) − G)²)
+    L = max((V − G)², (V_old + clip(V − V_old, ±c) − G)²)
     """
     clipped = batch.value_old + (now - batch.value_old).clamp(-clip, clip)
     loss = torch.maximum((now - batch.target) ** 2, (clipped - batch.target) ** 2)

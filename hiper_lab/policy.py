@@ -1,7 +1,7 @@
-"""The two-level policy: a causal language model, and value heads for the high, low and switch levels.
+"""The two-level policy: a causal language model, and value heads for high, low and switch.
 
-Any transformers causal LM works: the policy asks it only for its decoder and its output embedding, so
-logits are computed where they are needed and nowhere else. The critic is one of
+Any transformers causal LM works: the policy asks it only for its decoder and its output embedding,
+so logits are computed where they are needed and nowhere else. The critic is one of
 
 - ``shared``: heads on the policy's own trunk;
 - ``adapter``: heads on the same frozen trunk seen through a second LoRA adapter;
@@ -20,7 +20,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 CRITICS = ("shared", "adapter", "separate")
 LEVELS = ("high", "low", "switch")
@@ -98,7 +103,8 @@ class Policy(nn.Module):
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(
-                r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+                r=lora_rank, lora_alpha=2 * lora_rank,
+                target_modules="all-linear", task_type="CAUSAL_LM",
             )  # fmt: skip
             model = get_peft_model(model, lora)
             if critic == "adapter":
@@ -121,7 +127,7 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.lora_rank else self.model
 
     def hidden(self, ids: Int[Tensor, "seq token"], trunk: str = "policy", **cache):
-        """Last hidden states ``[seq, token, width]`` from the ``policy``, ``critic`` or ``reference``.
+        """Last hidden states ``[seq, token, width]`` of ``policy``, ``critic`` or ``reference``.
 
         Sequences are padded on the right: causal attention then needs no mask.
         """
@@ -136,7 +142,9 @@ class Policy(nn.Module):
             model = self.reference_model
         half = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         with context, half:
-            return model.get_decoder()(input_ids=ids, **({"use_cache": False} | cache)).last_hidden_state
+            return model.get_decoder()(
+                input_ids=ids, **({"use_cache": False} | cache)
+            ).last_hidden_state
 
     def logits(
         self, hidden: Float[Tensor, "*n width"], trunk: str = "policy"
@@ -180,7 +188,10 @@ class Policy(nn.Module):
 
 
 def scores(
-    logits: Float[Tensor, "n vocab"], allowed: Tensor | None, chosen: Int[Tensor, "n"], temperature: float
+    logits: Float[Tensor, "n vocab"],
+    allowed: Tensor | None,
+    chosen: Int[Tensor, "n"],
+    temperature: float,
 ) -> Scores:
     """Log-probabilities renormalised over the allowed tokens, as when they were sampled.
 
@@ -236,8 +247,8 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except OSError as error:
         raise ValueError(
-            f"could not load model {name!r}: {str(error).splitlines()[0]} Expected 'tiny', 'smollm', "
-            "a local folder, or a model on the hub (needs a network)."
+            f"could not load model {name!r}: {str(error).splitlines()[0]} "
+            "Expected 'tiny', 'smollm', a local folder, or a model on the hub (needs a network)."
         ) from error
     return model.to(device), tokenizer
 
@@ -265,6 +276,6 @@ def _check_head(model: PreTrainedModel) -> None:
     ours, theirs = model.get_output_embeddings()(hidden), model(input_ids=ids).logits
     if not torch.allclose(ours, theirs, atol=1e-3):
         raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embedding (scale or soft cap); "
-            "expected logits = output_embedding(decoder(ids))"
+            f"{type(model).__name__} changes its logits after the output embedding "
+            "(scale or soft cap); expected logits = output_embedding(decoder(ids))"
         )

@@ -1,8 +1,9 @@
 """The Plan-Execute text: what the agent reads and what it must write.
 
-A response is three blocks, in this order: ``<switch>KEEP|SWITCH</switch>``, ``<subgoal>…</subgoal>``,
-``<action>…</action>`` (HiPER, arXiv 2602.16165, section 3). This module renders prompts, parses
-responses strictly, and gives every response token exactly one :class:`Role`.
+A response is three blocks, in this order: ``<switch>KEEP|SWITCH</switch>``,
+``<subgoal>…</subgoal>``, ``<action>…</action>`` (HiPER, arXiv 2602.16165, section 3). This module
+renders prompts, parses responses strictly, and gives every response token exactly one
+:class:`Role`.
 
 Left out on purpose: tokenizers, models, repair of malformed text. Text in, text out.
 """
@@ -49,7 +50,9 @@ class Context:
     observation: str
     admissible: list[str]
     subgoal: str = ""
-    history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
+    history: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (observation, action), oldest first
 
 
 def parse(text: str, active_subgoal: str = "") -> Response:
@@ -154,9 +157,9 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
     ``static`` is the same at every turn of every episode, so samplers compute its KV cache once.
 
     Args:
-        template: ``full`` (instructions first, so that they are cached), ``upstream`` (the blocks of
-            the released HiPER prompt in its order, instructions last; the wording is ours), or
-            ``compact`` (no instructions: for tiny models trained on it).
+        template: ``full`` (instructions first, so that they are cached), ``upstream`` (the parts
+            of the released HiPER prompt in their order, instructions last; the wording is ours),
+            or ``compact`` (no instructions: for tiny models trained on it).
         history_turns: How many past turns are shown (actions only in ``compact``).
 
     Raises:
@@ -186,7 +189,8 @@ def _situation(context: Context, past: list[tuple[str, str]]) -> str:
     shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
     actions = "\n ".join(f"'{a}'" for a in context.admissible if a != "help")
     return (
-        shown + "".join(line + "\n" for line in lines)
+        shown
+        + "".join(line + "\n" for line in lines)
         + f"Your current observation is:\n{context.observation.strip()}\n"
         + f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n"
         + f"Your admissible actions are:\n[{actions}]\n"

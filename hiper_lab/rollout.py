@@ -15,7 +15,7 @@ from hiper_lab.trajectory import EndReason, Trajectory, Turn
 
 
 class TextEnv(Protocol):
-    """A text environment in Gymnasium's manner; ``info`` has ``admissible``, ``won`` and ``task``."""
+    """A Gymnasium-style text environment; ``info`` has ``admissible``, ``won`` and ``task``."""
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]: ...
 
@@ -42,7 +42,9 @@ class RolloutConfig:
     def __post_init__(self):
         for name, choices in (("template", protocol.TEMPLATES), ("decoding", DECODINGS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}"
+                )
         if self.temperature < 0 or self.max_new_tokens < 1 or self.history_turns < 0:
             raise ValueError(
                 "expected temperature ≥ 0, max_new_tokens ≥ 1, history_turns ≥ 0, "
@@ -153,8 +155,6 @@ def _render(episode: _Episode, codec: Codec, config: RolloutConfig) -> None:
     context = protocol.Context(
         episode.task, episode.observation, episode.admissible, episode.subgoal, episode.history
     )
-    episode.prompt = codec.prompt(
-        *protocol.render(config.template, context, config.history_turns)
-    )
+    episode.prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
     if episode.end is None and len(episode.prompt.ids) > config.max_prompt_tokens:
         episode.end = EndReason.TOKEN_LIMIT

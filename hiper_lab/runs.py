@@ -53,15 +53,17 @@ def read_experiment(path: Path | str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(parameters, dict):
-        raise ValueError(f"{path} holds {type(parameters).__name__}, expected parameter: value lines")
+        raise ValueError(
+            f"{path} holds {type(parameters).__name__}, expected parameter: value lines"
+        )
     return parameters
 
 
 def notebook_parameters(names: dict[str, Any]) -> dict[str, Any]:
-    """The training parameters among a notebook's variables, strictly: ``notebook_parameters(globals())``.
+    """The training parameters among a notebook's variables: ``notebook_parameters(globals())``.
 
-    Called right after the parameters cell, when nothing else is defined; whatever papermill injected
-    that no one knows is therefore seen here and refused.
+    Called right after the parameters cell, when nothing else is defined; whatever papermill
+    injected that no one knows is therefore seen here and refused.
 
     Raises:
         ValueError: By ``TrainConfig.from_parameters``, when it is given the result.
@@ -90,7 +92,7 @@ def manifest(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path | str) -> pd.DataFrame:
-    """``metrics.jsonl`` as a frame with one row per iteration; an unfinished last line is left out."""
+    """``metrics.jsonl``, one row per iteration; an unfinished last line is left out."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
@@ -111,9 +113,7 @@ def summary(folder: Path | str) -> str:
     return f"held-out success {before:.1%} -> {after:.1%} ({games} games, {minutes:.1f} min)"
 
 
-def launch(
-    parameters: dict[str, Any], folder: Path | str, notebook: Path | str = NOTEBOOK
-) -> Path:
+def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str = NOTEBOOK) -> Path:
     """Execute the training notebook by papermill into a run folder; resumes a run already there.
 
     Args:
@@ -186,7 +186,9 @@ def _progress(folder: Path, iterations: int):
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hiper_lab.runs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m hiper_lab.runs", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("launch", help="run or resume an experiment by papermill")
     start.add_argument("experiment", help="a YAML file of parameters, see experiments/")

@@ -107,7 +107,9 @@ class Codec:
             static, dynamic = text.split(mark)
             return Prompt(self.encode(static), self._encode(dynamic))
         bos = self.tokenizer.bos_token_id
-        return Prompt((*([] if bos is None else [bos]), *self.encode(static)), self._encode(dynamic))
+        return Prompt(
+            (*([] if bos is None else [bos]), *self.encode(static)), self._encode(dynamic)
+        )
 
     def write(self, switch: bool, subgoal: str, action: str) -> list[int]:
         """Token ids of a well-formed response, piece by piece as guided decoding writes it."""
@@ -177,9 +179,7 @@ def _walk(node: dict, draft: Draft, role: Role) -> Generator[np.ndarray, int, tu
     return tuple(draft.ids[start:-1])
 
 
-def _write_subgoal(
-    codec: Codec, draft: Draft, max_tokens: int
-) -> Generator[np.ndarray, int, str]:
+def _write_subgoal(codec: Codec, draft: Draft, max_tokens: int) -> Generator[np.ndarray, int, str]:
     start = len(draft.ids)
     while len(draft.ids) - start < max_tokens:
         token = yield codec.subgoal_next if len(draft.ids) > start else codec.subgoal_first
@@ -193,7 +193,9 @@ def _write_subgoal(
     return text
 
 
-def free(codec: Codec, draft: Draft, subgoal: str, admissible: list[str], max_tokens: int) -> Decoder:
+def free(
+    codec: Codec, draft: Draft, subgoal: str, admissible: list[str], max_tokens: int
+) -> Decoder:
     """Let the model write everything; stop at ``</action>``, at the end token, or at the limit.
 
     Args:
@@ -236,7 +238,8 @@ def allowed_sets(
     if draft.ids != turn.response_ids or len(sets) != sum(turn.chosen):
         raise ValueError(
             f"turn does not replay under {decoding!r} decoding: recorded {turn.response!r}, "
-            f"replayed {codec.decode(draft.ids)!r}; expected the tokenizer and settings it was sampled with"
+            f"replayed {codec.decode(draft.ids)!r}; "
+            "expected the tokenizer and settings it was sampled with"
         )
     return sets
 
@@ -329,8 +332,8 @@ def _sample(
 def _read_values(policy: Policy, hidden: Tensor, drafts: list[Draft], fed: list[int]) -> None:
     """Values of the rows whose reading positions lie in the tokens just fed.
 
-    ``hidden`` ends with response tokens ``fed … len(ids) − 1`` of each draft, preceded, in the first
-    pass, by its prompt.
+    ``hidden`` ends with response tokens ``fed … len(ids) − 1`` of each draft, preceded, in the
+    first pass, by its prompt.
     """
     for draft, row, before in zip(drafts, hidden, fed, strict=True):
         end = len(row) - len(draft.ids)  # where response token 0 would stand
@@ -352,7 +355,9 @@ def _prefix(policy: Policy, static: tuple[int, ...], rows: int) -> tuple[Dynamic
         ids = torch.tensor([static], device=policy.device)
         policy.hidden(ids, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(rows)
-    return cache, torch.ones(rows, len(static) if rows else 0, dtype=torch.long, device=policy.device)
+    return cache, torch.ones(
+        rows, len(static) if rows else 0, dtype=torch.long, device=policy.device
+    )
 
 
 def allowed_mask(sets: list[np.ndarray | None], vocab: int) -> Tensor | None:

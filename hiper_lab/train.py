@@ -2,8 +2,8 @@
 
 ``train(config)`` can be stepped from a notebook cell or run to its end; with a folder it writes
 metrics, rollouts and checkpoints, and the same call resumes after any interruption. All randomness
-comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit on a
-CPU, the run that was never interrupted.
+comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit
+on a CPU, the run that was never interrupted.
 
 Left out on purpose: other machines (accelerate), other engines (vLLM), launching (see runs).
 """
@@ -42,7 +42,7 @@ PRESETS = ("lab", "paper", "upstream")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run. Written to ``config.json``; flat names in notebooks and YAML."""
+    """Everything that defines a run; kept in ``config.json``, flat in notebooks and YAML."""
 
     seed: int = 0
     """Seed of everything random in the run."""
@@ -122,7 +122,8 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
         least = {"iterations": 0, "episodes": 1, "max_turns": 1, "epochs": 1, "minibatch_turns": 1,
-                 "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1, "eval_games": 0,
+                 "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1,
+                 "eval_games": 0,
                  "eval_every": 0, "warmup_iterations": 0, "critic_epochs": self.epochs,
                  "lora_rank": 0, "max_minutes": 0, "lr": 0, "critic_lr": 0}  # fmt: skip
         for name, low in least.items():
@@ -220,7 +221,9 @@ def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[
         chosen = [paths[k % len(paths)] for k in range(start, start + count)]
         games, names = [load_game(path) for path in chosen], [str(p.parent.name) for p in chosen]
     else:
-        raise ValueError("env 'webshop' is not part of this version; expected household or alfworld")
+        raise ValueError(
+            "env 'webshop' is not part of this version; expected household or alfworld"
+        )
     return [HouseholdEnv(game, config.max_turns) for game in games], names
 
 
@@ -230,8 +233,8 @@ def _alfworld_games(env_path: str, split: str, tasks: tuple[str, ...]) -> list[P
     folder = next((f for f in folders if (env_path or str(root) != ".") and f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no ALFWorld games in {str(root)!r}: expected a folder {split!r} with game.tw-pddl files. "
-            "Download them with `alfworld-download` and set env_path or $ALFWORLD_DATA"
+            f"no ALFWorld games in {str(root)!r}: expected a folder {split!r} with game.tw-pddl "
+            "files. Download them with `alfworld-download` and set env_path or $ALFWORLD_DATA"
         )
     paths = [p for p in find_games(folder) if any(task in str(p) for task in tasks)]
     if not paths:
@@ -403,14 +406,16 @@ def update(state: State, samples: list[Sample]) -> dict[str, float]:
     Raises:
         RuntimeError: If they disagree by more than ``logprob_gap_limit``, or a loss is not finite.
     """
-    config, policy = state.config, state.policy
+    config = state.config
     warming_up = state.iteration < config.warmup_iterations
     logged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     if config.ppo.kl_coef:
         _score_reference(state, samples)
     progress = state.iteration / max(1, config.iterations)
     decay = 1 - (1 - config.lr_final) * progress
-    for group, rate in zip(state.optimizer.param_groups, (config.lr, config.critic_lr), strict=True):
+    for group, rate in zip(
+        state.optimizer.param_groups, (config.lr, config.critic_lr), strict=True
+    ):
         group["lr"] = rate * decay
     generator = _generator(config, state.iteration, "shuffle")
     for epoch in range(config.critic_epochs):
@@ -482,7 +487,9 @@ def _minibatch(
             f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
         })  # fmt: skip
         if not torch.isfinite(loss):
-            raise RuntimeError(f"loss is {loss.item()} at iteration {state.iteration}; lower the lr")
+            raise RuntimeError(
+                f"loss is {loss.item()} at iteration {state.iteration}; lower the lr"
+            )
         loss.backward()
     for group, name in zip(state.optimizer.param_groups, ("policy", "value"), strict=True):
         norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
@@ -526,7 +533,7 @@ def rollout_metrics(trajectories: list[Trajectory], grid: TurnGrid) -> dict[str,
 def credit_metrics(
     grid: TurnGrid, values: Values, credit: Credit, high_everywhere: bool
 ) -> dict[str, float]:
-    """Spread of each level's advantage; how well each head predicts the undiscounted return to go."""
+    """Spread of each level's advantage; how well each head predicts the return to go (γ = 1)."""
     valid = torch.arange(grid.reward.shape[1]) < grid.length[:, None]
     to_go = grid.reward.flip(1).cumsum(1).flip(1)
     high = valid & (grid.boundary | high_everywhere)
@@ -626,7 +633,9 @@ class RunFolder:
             return
         load_checkpoint(state, found[-1])
         lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [s for s in lines if s.endswith("\n") and json.loads(s)["iteration"] <= state.iteration]
+        kept = [
+            s for s in lines if s.endswith("\n") and json.loads(s)["iteration"] <= state.iteration
+        ]
         if kept != lines:
             trajectory.write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
 

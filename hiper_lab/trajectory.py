@@ -1,8 +1,8 @@
 """What happened: turns, trajectories, why they ended, and their record on disk.
 
-A record is one JSON line per trajectory (``.jsonl`` or ``.jsonl.gz``), with a schema number, readable
-without the trainer or any model. Token ids are the source of truth; text is derived from them.
-Data frames exist at every grain: run, trajectory, segment, turn, token.
+A record is one JSON line per trajectory (``.jsonl`` or ``.jsonl.gz``), with a schema number,
+readable without the trainer or any model. Token ids are the source of truth; text is
+derived from them. Data frames exist at every grain: run, trajectory, segment, turn, token.
 
 Left out on purpose: tensors other than the turn grid, plots, anything about training.
 """
@@ -45,9 +45,9 @@ class EndReason(StrEnum):
 class Turn:
     """One prompt, response and environment step.
 
-    ``roles``, ``logprobs`` and ``chosen`` have one entry per response token; a token that was injected
-    rather than sampled has ``chosen`` False and log-probability 0. Values and advantages are None until
-    they are computed; ``advantage_high`` stays None off segment boundaries.
+    ``roles``, ``logprobs`` and ``chosen`` have one entry per response token; a token that was
+    injected rather than sampled has ``chosen`` False and log-probability 0. Values and advantages
+    are None until they are computed; ``advantage_high`` stays None off segment boundaries.
     """
 
     observation: str
@@ -112,7 +112,9 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
     """
     empty = [t.id for t in trajectories if not t.turns]
     if empty or not trajectories:
-        raise ValueError(f"expected trajectories with at least one turn, got {empty or 'none at all'}")
+        raise ValueError(
+            f"expected trajectories with at least one turn, got {empty or 'none at all'}"
+        )
 
     def grid(rows: Iterable[list], dtype: torch.dtype) -> torch.Tensor:
         rows = [torch.tensor(row, dtype=dtype) for row in rows]
@@ -264,7 +266,9 @@ def read(path: Path | str) -> Iterator[Trajectory]:
                 end = EndReason(record.pop("end"))
                 yield Trajectory(turns=turns, end=end, **record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: not a trajectory record: {error}") from error
+                raise ValueError(
+                    f"{path}, line {number}: not a trajectory record: {error}"
+                ) from error
 
 
 def attach(trajectories: list[Trajectory], values, credit) -> None:

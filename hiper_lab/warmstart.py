@@ -1,8 +1,8 @@
 """The embedded model: a tokenizer and a tiny Llama, behaviour-cloned on an imperfect expert.
 
-``python -m hiper_lab.warmstart`` regenerates what ships in ``hiper_lab/models/tiny``. The clone uses
-the same prompts, decoder and renormalised log-probabilities as the trainer, so it is exactly the
-policy that reinforcement learning starts from.
+``python -m hiper_lab.warmstart`` regenerates what ships in ``hiper_lab/models/tiny``. The clone
+uses the same prompts, decoder and renormalised log-probabilities as the trainer, so it is
+exactly the policy that reinforcement learning starts from.
 
 Left out on purpose: pretraining on text; the model knows household games and nothing else.
 """
@@ -27,6 +27,7 @@ from hiper_lab.rollout import RolloutConfig
 from hiper_lab.sampling import Codec, Draft, guided
 from hiper_lab.trajectory import EndReason, Trajectory, Turn
 
+CLONE_TURNS = 64  # turns per optimiser step
 FIRST_SEED = 1_000_000  # games of the expert, far from the games of training runs
 
 
@@ -43,12 +44,17 @@ class Decision:
 def watch_expert(
     episodes: int, mistake_rate: float, max_turns: int, seed: int
 ) -> tuple[list[list[Decision]], float]:
-    """Let the expert play training games; its decisions, and its success rate."""
+    """Let the expert play training games; its decisions, and its success rate.
+
+    Each episode has a mistake rate of its own, uniform between 0 and ``mistake_rate``:
+    demonstrators of every skill, whose average the clone becomes.
+    """
     played, won = [], 0
     for k in tqdm(range(episodes), desc="expert", leave=False):
         game = generate_game(FIRST_SEED + seed + k, task_type=TASK_TYPES[k % len(TASK_TYPES)])
         env = HouseholdEnv(game, max_turns)
-        expert = Expert(env, random.Random(f"expert/{seed}/{k}"), mistake_rate)
+        rng = random.Random(f"expert/{seed}/{k}")
+        expert = Expert(env, rng, rng.uniform(0, mistake_rate))
         seen, info = env.reset()
         decisions, history, subgoal, over = [], [], "", False
         while not over:
@@ -99,7 +105,9 @@ def to_trajectory(decisions: list[Decision], codec: Codec, config: RolloutConfig
     for d in decisions:
         prompt = codec.prompt(*protocol.render(config.template, d.context, config.history_turns))
         draft, ids = Draft(), codec.write(d.switch, d.subgoal, d.action)
-        decoder = guided(codec, draft, d.context.subgoal, d.context.admissible, config.max_new_tokens)
+        decoder = guided(
+            codec, draft, d.context.subgoal, d.context.admissible, config.max_new_tokens
+        )
         next(decoder)
         try:
             while True:
@@ -111,7 +119,9 @@ def to_trajectory(decisions: list[Decision], codec: Codec, config: RolloutConfig
             draft.logprobs, draft.chosen, codec.decode(draft.ids),
             response.switch, response.subgoal, response.action,
         ))  # fmt: skip
-    return Trajectory("expert", decisions[0].context.task, "", 0, turns, EndReason.TURN_LIMIT, "", [])
+    return Trajectory(
+        "expert", decisions[0].context.task, "", 0, turns, EndReason.TURN_LIMIT, "", []
+    )
 
 
 def clone(
@@ -121,14 +131,14 @@ def clone(
     own, _ = policy.parameters_by_owner()
     optimizer = torch.optim.AdamW(own.values(), lr=lr, weight_decay=0.01)
     shuffle = random.Random(seed)
-    steps = epochs * -(-len(samples) // 128)
+    steps = epochs * -(-len(samples) // CLONE_TURNS)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(total=steps, desc="clone")
     for _ in range(epochs):
         order = shuffle.sample(range(len(samples)), len(samples))
         total = count = 0.0
-        for start in range(0, len(order), 128):
-            rows = [samples[i] for i in order[start : start + 128]]
+        for start in range(0, len(order), CLONE_TURNS):
+            rows = [samples[i] for i in order[start : start + CLONE_TURNS]]
             optimizer.zero_grad()
             tokens = sum(len(s.at) for s in rows)
             for index in objective.micro_batches([len(s.ids) for s in rows], 8192):
@@ -165,13 +175,17 @@ def main() -> None:
         text
         for decisions in played[:500]
         for d in decisions
-        for text in ("".join(protocol.render("compact", d.context, 24)), d.subgoal, *d.context.admissible)
+        for text in (
+            "".join(protocol.render("compact", d.context, 24)),
+            d.subgoal,
+            *d.context.admissible,
+        )
     ]
     tokenizer = train_tokenizer(texts, args.vocab)
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width,
-        num_hidden_layers=args.layers, num_attention_heads=max(2, args.width // 16),
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 16,
         max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=args.width**-0.5,

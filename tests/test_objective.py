@@ -149,7 +149,7 @@ def test_the_papers_switch_baseline_is_the_mixture():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="clip is 0, expected more than 0"):
-        PPOConfig(clip=0)
-    with pytest.raises(ValueError, match="kl_coef is -1, expected at least 0"):
-        PPOConfig(kl_coef=-1)
+    with pytest.raises(ValueError, match="clip is 0.0, expected more than 0"):
+        PPOConfig(clip=0.0)
+    with pytest.raises(ValueError, match="kl_coef is -1.0, expected at least 0"):
+        PPOConfig(kl_coef=-1.0)

@@ -8,11 +8,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hiper_lab
+from hiper_lab.scan import reverse_scan
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -113,6 +116,12 @@ def test_the_embedded_models_are_package_data_and_small():
     seen = {p.name for p in files}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= seen
     assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") <= 4 * 2**20
+
+
+def test_shapes_are_checked_while_testing():
+    """conftest.py instruments the modules of the maths before anything imports them."""
+    with pytest.raises(TypeCheckError, match="Type-check error"):
+        reverse_scan(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_ci_runs_what_make_test_runs():

@@ -39,7 +39,9 @@ def test_each_head_and_its_trunk_receive_gradient(critic):
         torch.nn.init.ones_(getattr(policy.heads, level)[-1].weight)
         policy.zero_grad()
         policy.heads(level, policy.hidden(IDS, "critic")[0]).sum().backward()
-        touched = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        touched = {
+            n for n, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+        }
         assert any(n.startswith(f"heads.{level}") for n in touched)
         trunk = {"shared": "model.", "adapter": "lora_", "separate": "critic_model."}[critic]
         assert any(trunk in n for n in touched)

@@ -12,7 +12,9 @@ WORDS = st.text("abcdefghij 0123456789", min_size=1).map(str.strip).filter(bool)
 
 @given(st.booleans(), WORDS, WORDS)
 def test_parse_inverts_write(switch, subgoal, action):
-    assert parse(write(switch, subgoal, action), "other") == protocol.Response(switch, subgoal, action)
+    assert parse(write(switch, subgoal, action), "other") == protocol.Response(
+        switch, subgoal, action
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,9 @@ def test_roles_partition_the_tokens(switch, subgoal, action, size):
 
 
 def test_a_malformed_response_has_no_trained_level():
-    assert set(roles(["<switch>", "KEEP", "</switch>", "<action>", "x", "</action>"])) == {Role.FORMAT}
+    assert set(roles(["<switch>", "KEEP", "</switch>", "<action>", "x", "</action>"])) == {
+        Role.FORMAT
+    }
 
 
 def test_templates_show_what_they_should():

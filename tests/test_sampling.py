@@ -156,7 +156,9 @@ def test_subgoals_are_single_lines_without_tags():
     assert not any(set(t) & set("<>\n") for t in texts)
     assert all(codec.pieces[i].strip() for i in codec.subgoal_first)
     assert codec.decode(codec.encode(KEEP)) == KEEP
-    assert all(codec.decode(ids) == text for ids, text in zip(codec.skeleton, SKELETON, strict=True))
+    assert all(
+        codec.decode(ids) == text for ids, text in zip(codec.skeleton, SKELETON, strict=True)
+    )
 
 
 def test_entropy_and_logprob_by_hand():
@@ -169,7 +171,9 @@ def test_entropy_and_logprob_by_hand():
 
 def test_chat_template_is_split_where_the_turn_begins():
     tokenizer = load_model("tiny", "cpu")[1]
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}[assistant]"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}[assistant]"
+    )
     prompt = Codec(tokenizer).prompt("rules ", "situation")
     assert tokenizer.decode(list(prompt.static)) == "[user]rules "
     assert tokenizer.decode(list(prompt.dynamic)) == "situation[/][assistant]"

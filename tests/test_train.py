@@ -56,7 +56,9 @@ def test_resume_after_a_kill_is_bit_exact(tmp_path, monkeypatch):
     a, b = weights(tmp_path / "whole", 3), weights(cut, 3)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert list(train.train(small(), cut)) == []  # finished: nothing left to do
-    records = [(tmp_path / d / "rollouts" / "000003.jsonl.gz").read_bytes() for d in ("whole", "cut")]
+    records = [
+        (tmp_path / d / "rollouts" / "000003.jsonl.gz").read_bytes() for d in ("whole", "cut")
+    ]
     assert records[0] == records[1]
 
 
@@ -135,9 +137,8 @@ def test_stale_sampler_weights_are_noticed(monkeypatch):
 
 def test_time_limit_stops_cleanly_with_an_evaluation(tmp_path):
     reports = list(train.train(small(iterations=50, max_minutes=1e-6), tmp_path))
-    assert [r.iteration for r in reports] == [0]  # no training time at all is already too much?
-    reports = list(train.train(small(iterations=50, max_minutes=0.001), tmp_path / "b"))
-    assert reports[-1].iteration < 50 and reports[-1].evaluation is not None
+    assert [r.iteration for r in reports] == [0, 1]
+    assert reports[0].evaluation is not None and reports[-1].evaluation is not None
 
 
 def test_common_scale_keeps_the_levels_relative_sizes():
@@ -149,11 +150,15 @@ def test_common_scale_keeps_the_levels_relative_sizes():
     assert (scaled.low[~valid] == 0).all() and (scaled.high[~report.grid.boundary] == 0).all()
     if scaled.low.abs().max() < 5 and scaled.switch.abs().max() < 5:
         spread = report.credit.low[valid].std() / report.credit.switch[valid].std()
-        assert scaled.low[valid].std() / scaled.switch[valid].std() == pytest.approx(spread, rel=1e-3)
+        assert (scaled.low[valid].std() / scaled.switch[valid].std()).item() == pytest.approx(
+            spread.item(), rel=1e-3
+        )
 
 
 def test_parameters_are_strict():
-    config = TrainConfig.from_parameters({"credit": "upstream", "gamma": 1, "lr": 1, "whiten": None})
+    config = TrainConfig.from_parameters(
+        {"credit": "upstream", "gamma": 1, "lr": 1, "whiten": None}
+    )
     assert config.credit == dataclasses.replace(CreditConfig.upstream(), gamma=1.0)
     assert isinstance(config.lr, float)
     for bad, message in [
@@ -194,6 +199,6 @@ def test_official_game_folders_are_played(tmp_path):
 def test_an_interval_contains_its_estimate_and_shrinks():
     for k, n in [(0, 10), (10, 10), (46, 200)]:
         low, high = train.wilson_interval(k, n)
-        assert 0 <= low <= k / n <= high <= 1
+        assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
     wide, narrow = train.wilson_interval(5, 10), train.wilson_interval(500, 1000)
     assert narrow[1] - narrow[0] < wide[1] - wide[0]

@@ -20,7 +20,12 @@ def turn(switch, subgoal, reward=0.0, problems=(), **values):
 
 
 def episodes():
-    first = [turn(False, "a"), turn(False, "a"), turn(True, "b", advantage_high=0.5), turn(False, "c", 1.0)]
+    first = [
+        turn(False, "a"),
+        turn(False, "a"),
+        turn(True, "b", advantage_high=0.5),
+        turn(False, "c", 1.0),
+    ]
     second = [turn(True, "a"), turn(False, "a", problems=["no <action> block"])]
     return [
         Trajectory("0000", "task é", "g1", 1, first, EndReason.WON, "end", [7]),

@@ -1,0 +1,127 @@
+"""Runs by papermill: refused before a kernel starts, executed small, resumed, summarised."""
+
+import inspect
+import json
+import typing
+
+import nbformat
+import papermill
+import pytest
+
+from hiper_lab import runs, train
+
+TINY = {
+    "iterations": 2, "episodes": 4, "max_turns": 5, "eval_games": 4, "warmup_iterations": 1,
+    "rollout_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("a kernel was started")
+
+    monkeypatch.setattr(papermill, "execute_notebook", started)
+
+
+def test_the_notebook_declares_every_parameter_with_the_codes_default():
+    declared = papermill.inspect_notebook(str(runs.NOTEBOOK))
+    assert set(declared) == {*train.parameter_names(), "run_folder"}
+    own = train.TrainConfig.from_parameters({})
+    names = {name: p for name, p in declared.items() if name != "run_folder"}
+    values = {name: eval(p["default"]) for name, p in names.items()}
+    assert train.TrainConfig.from_parameters(values) == own
+    assert all(p["help"] and p["inferred_type_name"] != "None" for p in names.values())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"iteration": 3}, "did you mean 'iterations'"),
+        ({"iterations": "many"}, "iterations is 'many' .str., expected int"),
+        ({"lam_boundary": 2.0}, "lam_boundary is 2.0"),
+    ],
+)
+def test_bad_parameters_are_refused_before_a_kernel_starts(
+    tmp_path, no_kernel, parameters, message
+):
+    with pytest.raises(ValueError, match=message):
+        runs.launch(parameters, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, no_kernel, capsys):
+    experiment = tmp_path / "x.yaml"
+    experiment.write_text("lr: [1]\n")
+    assert runs.main(["launch", str(experiment), "--out", str(tmp_path / "run")]) == 2
+    assert "lr is [1] (list), expected float" in capsys.readouterr().err
+    experiment.write_text("- lr\n")
+    assert runs.main(["launch", str(experiment)]) == 2
+    assert "holds list, expected parameter: value lines" in capsys.readouterr().err
+    assert runs.main(["launch", str(tmp_path / "y.yaml")]) == 2
+    assert "no experiment" in capsys.readouterr().err and experiment.exists()
+
+
+def test_every_experiment_is_a_valid_configuration(root):
+    files = sorted((root / "experiments").glob("*.yaml"))
+    assert {f.stem for f in files} >= {
+        "tiny_household",
+        "alfworld_qwen2.5_1.5b",
+        "alfworld_qwen2.5_7b",
+    }
+    for file in files:
+        train.TrainConfig.from_parameters(runs.read_experiment(file))
+
+
+@pytest.mark.slow
+def test_papermill_run_end_to_end(tmp_path, capsys, root):
+    folder, experiment = tmp_path / "run", tmp_path / "x.yaml"
+    experiment.write_text(json.dumps(TINY))
+    assert runs.main(["launch", str(experiment), "--out", str(folder), "-p", "seed", "3"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("held-out success ") and "% (4 games, 0." in last and " -> " in last
+    executed = folder / "20_train.ipynb"
+    notebook = nbformat.read(executed, 4)
+    assert executed.stat().st_size < 200_000 and "widgets" not in notebook.metadata
+    assert all(c.get("execution_count") for c in notebook.cells if c.cell_type == "code")
+    shown = json.dumps(notebook)
+    assert shown.count("application/vnd.plotly.v1+json") == 3 and "Warning" not in shown
+    said = json.loads((folder / "manifest.json").read_text())
+    assert said["seed"] == 3 and said["packages"]["torch"]
+    metrics = runs.read_metrics(folder)
+    assert metrics["iteration"].tolist() == [0, 1, 2]
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert runs.main(["launch", str(experiment), "--out", str(folder), "-p", "seed", "3"]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before  # already done: nothing was repeated
+    assert capsys.readouterr().out.strip().splitlines()[-1] == last
+    # the same folder with another configuration fails with a reason, and loses nothing
+    assert runs.main(["launch", str(experiment), "--out", str(folder), "-p", "seed", "4"]) == 1
+    assert "another seed" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_parameter_that_papermill_only_warns_about_is_refused_in_the_notebook():
+    injected = {"lr": 0.1, "learning_rate": 0.1, "json": json, "_": 1, "run_folder": "x", "In": []}
+    found = runs.notebook_parameters(injected)
+    assert found == {"lr": 0.1, "learning_rate": 0.1}
+    with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
+        train.TrainConfig.from_parameters(found)
+
+
+def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iterat')
+    assert runs.read_metrics(tmp_path)["iteration"].tolist() == [0]
+    with pytest.raises(ValueError, match="0 evaluations, expected one before and one after"):
+        runs.summary(tmp_path)
+
+
+def test_public_functions_are_documented():
+    for module in (runs, train):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                assert function.__doc__ and typing.get_type_hints(function), name
