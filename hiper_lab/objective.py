@@ -20,7 +20,7 @@ from hiper_lab.credit import Credit, Values
 from hiper_lab.policy import LEVELS, Policy, Scores, scores
 from hiper_lab.protocol import KEEP, Role
 from hiper_lab.sampling import Codec, allowed_mask, allowed_sets
-from hiper_lab.trajectory import Trajectory, boundaries
+from hiper_lab.trajectory import Trajectory, Turn, boundaries
 
 _LEVEL_OF_ROLE = torch.tensor([LEVELS.index(level) for level in ("switch", "high", "low", "low")])
 
@@ -98,21 +98,27 @@ def pack(
     for trajectory in trajectories:
         subgoal = ""
         for turn in trajectory.turns:
-            start = len(turn.prompt_ids)
-            chosen = np.flatnonzero(turn.chosen)
-            roles = np.array(turn.roles)
-            action = start + (
-                np.flatnonzero(roles == Role.ACTION)[0] if Role.ACTION in roles else 0
-            )
-            end = max(start + chosen[-1] + 1 if len(chosen) else start, action)
-            samples.append(Sample(
-                ids=[*turn.prompt_ids, *turn.response_ids][:end],
-                prompt=start, action=int(action), at=(start + chosen - 1).tolist(),
-                role=roles[chosen].tolist(), logprob_old=[turn.logprobs[i] for i in chosen],
-                allowed=allowed_sets(codec, turn, subgoal, decoding, max_new_tokens),
-            ))  # fmt: skip
+            samples.append(pack_turn(turn, subgoal, codec, decoding, max_new_tokens))
             subgoal = turn.subgoal
     return samples
+
+
+def pack_turn(turn: Turn, subgoal: str, codec: Codec, decoding: str, max_new_tokens: int) -> Sample:
+    """One turn as a Sample, given the subgoal that was active before it."""
+    start = len(turn.prompt_ids)
+    chosen, roles = np.flatnonzero(turn.chosen), np.array(turn.roles)
+    actions = np.flatnonzero(roles == Role.ACTION)
+    action = start + int(actions[0] if len(actions) else 0)
+    end = max(start + int(chosen[-1]) + 1 if len(chosen) else start, action)
+    return Sample(
+        ids=[*turn.prompt_ids, *turn.response_ids][:end],
+        prompt=start,
+        action=action,
+        at=(start + chosen - 1).tolist(),
+        role=roles[chosen].tolist(),
+        logprob_old=[turn.logprobs[i] for i in chosen],
+        allowed=allowed_sets(codec, turn, subgoal, decoding, max_new_tokens),
+    )
 
 
 def assign(

@@ -10,8 +10,8 @@ Left out on purpose: pretraining on text; the model knows household games and no
 import argparse
 import random
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,20 +25,19 @@ from hiper_lab.policy import Policy
 from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Context
 from hiper_lab.rollout import RolloutConfig
 from hiper_lab.sampling import Codec, Draft, guided
-from hiper_lab.trajectory import EndReason, Trajectory, Turn
+from hiper_lab.trajectory import Turn
 
 CLONE_TURNS = 64  # turns per optimiser step
+MAX_TURNS = 24
 FIRST_SEED = 1_000_000  # games of the expert, far from the games of training runs
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What the expert saw and did at one turn."""
+class Decision(NamedTuple):
+    """One turn of the expert: what it saw, and its (subgoal, action) as meant and as done."""
 
     context: Context
-    switch: bool
-    subgoal: str
-    action: str
+    meant: tuple[str, str]
+    did: tuple[str, str]
 
 
 def watch_expert(
@@ -47,7 +46,7 @@ def watch_expert(
     """Let the expert play training games; its decisions, and its success rate.
 
     Each episode has a mistake rate of its own, uniform between 0 and ``mistake_rate``:
-    demonstrators of every skill, whose average the clone becomes.
+    demonstrators of every skill.
     """
     played, won = [], 0
     for k in tqdm(range(episodes), desc="expert", leave=False):
@@ -56,13 +55,13 @@ def watch_expert(
         rng = random.Random(f"expert/{seed}/{k}")
         expert = Expert(env, rng, rng.uniform(0, mistake_rate))
         seen, info = env.reset()
-        decisions, history, subgoal, over = [], [], "", False
+        decisions, history, active, over = [], [], "", False
         while not over:
-            switch, wanted, action = expert.act(seen, info)
-            context = Context(info["task"], seen, info["admissible"], subgoal, list(history))
-            decisions.append(Decision(context, switch, wanted, action))
+            _, subgoal, action = expert.act(seen, info)
+            context = Context(info["task"], seen, info["admissible"], active, list(history))
+            decisions.append(Decision(context, expert.intended, (subgoal, action)))
             history.append((seen, action))
-            subgoal = wanted
+            active = subgoal
             seen, _, terminated, truncated, info = env.step(action)
             over = terminated or truncated
         won += info["won"]
@@ -99,29 +98,31 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )  # fmt: skip
 
 
-def to_trajectory(decisions: list[Decision], codec: Codec, config: RolloutConfig) -> Trajectory:
-    """Write an expert's episode as the policy would have written it."""
-    turns = []
-    for d in decisions:
-        prompt = codec.prompt(*protocol.render(config.template, d.context, config.history_turns))
-        draft, ids = Draft(), codec.write(d.switch, d.subgoal, d.action)
-        decoder = guided(
-            codec, draft, d.context.subgoal, d.context.admissible, config.max_new_tokens
-        )
+def to_samples(
+    played: list[list[Decision]], codec: Codec, config: RolloutConfig, *, mistakes: bool
+) -> list[objective.Sample]:
+    """The expert's turns as the policy would have written them, as meant or with the mistakes."""
+    samples = []
+    for context, meant, did in (decision for episode in played for decision in episode):
+        subgoal, action = did if mistakes else meant
+        prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
+        draft, ids = Draft(), codec.write(subgoal != context.subgoal, subgoal, action)
+        decoder = guided(codec, draft, context.subgoal, context.admissible, config.max_new_tokens)
         next(decoder)
         try:
             while True:
                 decoder.send(ids[len(draft.ids)])
         except StopIteration as stop:
             response = stop.value
-        turns.append(Turn(
-            d.context.observation, d.context.admissible, prompt.ids, draft.ids, draft.roles,
+        turn = Turn(
+            context.observation, context.admissible, prompt.ids, draft.ids, draft.roles,
             draft.logprobs, draft.chosen, codec.decode(draft.ids),
             response.switch, response.subgoal, response.action,
-        ))  # fmt: skip
-    return Trajectory(
-        "expert", decisions[0].context.task, "", 0, turns, EndReason.TURN_LIMIT, "", []
-    )
+        )  # fmt: skip
+        samples.append(
+            objective.pack_turn(turn, context.subgoal, codec, "guided", config.max_new_tokens)
+        )
+    return samples
 
 
 def clone(
@@ -156,28 +157,29 @@ def clone(
 
 
 def main() -> None:
-    """Regenerate the embedded model."""
+    """Regenerate the embedded model: first clone what the expert meant, then what it did."""
     parser = argparse.ArgumentParser(prog="python -m hiper_lab.warmstart", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models" / "tiny")
-    parser.add_argument("--episodes", type=int, default=1500, help="expert episodes (default 1500)")
-    parser.add_argument("--mistakes", type=float, default=0.3, help="expert's mistake rate")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--episodes", type=int, default=4500, help="as meant (default 4500)")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over them (default 2)")
+    parser.add_argument("--mistaken", type=int, default=500, help="as done (default 500)")
     parser.add_argument("--width", type=int, default=64, help="hidden size (default 64)")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=640)
+    parser.add_argument("--layers", type=int, default=2, help="(default 2)")
+    parser.add_argument("--vocab", type=int, default=640, help="(default 640)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = RolloutConfig()
-    played, success = watch_expert(args.episodes, args.mistakes, 24, args.seed)
+    played, success = watch_expert(args.episodes, 0.5, MAX_TURNS, args.seed)
+    mistaken, worse = watch_expert(args.mistaken, 1.0, MAX_TURNS, args.seed + args.episodes)
     print(f"expert: {success:.1%} success in {args.episodes} training games")
+    print(f"with more mistakes: {worse:.1%} in {args.mistaken}")
     texts = [
         text
-        for decisions in played[:500]
-        for d in decisions
+        for episode in played[:500]
+        for d in episode
         for text in (
-            "".join(protocol.render("compact", d.context, 24)),
-            d.subgoal,
+            "".join(protocol.render(config.template, d.context, config.history_turns)),
+            d.meant[0],
             *d.context.admissible,
         )
     ]
@@ -190,14 +192,13 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=args.width**-0.5,
     ))  # fmt: skip
-    policy = Policy(model, tokenizer, critic="shared")
-    codec = Codec(tokenizer)
-    trajectories = [to_trajectory(d, codec, config) for d in played]
-    samples = objective.pack(trajectories, codec, config.decoding, config.max_new_tokens)
+    policy, codec = Policy(model, tokenizer, critic="shared"), Codec(tokenizer)
+    meant = to_samples(played, codec, config, mistakes=False)
     size = sum(p.numel() for p in model.parameters())
-    width = sum(len(s.ids) for s in samples) / len(samples)
-    print(f"{size / 1e6:.2f}M parameters, {len(samples)} turns of {width:.0f} tokens")
-    clone(policy, samples, epochs=args.epochs, lr=args.lr, seed=args.seed)
+    print(f"{size / 1e6:.2f}M parameters, {len(meant)} turns")
+    clone(policy, meant, epochs=args.epochs, lr=3e-3, seed=args.seed)
+    did = to_samples(mistaken, codec, config, mistakes=True)
+    clone(policy, did, epochs=1, lr=1e-3, seed=args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}")
