@@ -70,9 +70,9 @@ class TrainConfig:
     """Collect-and-learn rounds."""
     episodes: int = 64
     """Episodes per iteration, each in a game of its own."""
-    warmup_iterations: int = 5
+    warmup_iterations: int = 3
     """First iterations that train only the critic."""
-    lr: float = 3e-4
+    lr: float = 7e-4
     """Learning rate of the policy."""
     critic_lr: float = 1e-3
     """Learning rate of heads and critic."""
@@ -80,7 +80,7 @@ class TrainConfig:
     """Both rates fall linearly to this fraction of themselves."""
     epochs: int = 1
     """Passes over the batch that train the policy (and the critic)."""
-    critic_epochs: int = 2
+    critic_epochs: int = 1
     """Passes in all that train the critic, ≥ epochs."""
     minibatch_turns: int = 128
     """Turns per optimiser step."""

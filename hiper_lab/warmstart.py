@@ -170,9 +170,9 @@ def main() -> None:
     args = parser.parse_args()
     config = RolloutConfig()
     played, success = watch_expert(args.episodes, 0.5, MAX_TURNS, args.seed)
-    mistaken, worse = watch_expert(args.mistaken, 0.7, MAX_TURNS, args.seed + args.episodes)
+    mistaken, worse = watch_expert(args.mistaken, 0.4, MAX_TURNS, args.seed + args.episodes)
     print(f"expert: {success:.1%} success in {args.episodes} training games")
-    print(f"with more mistakes: {worse:.1%} in {args.mistaken}")
+    print(f"its mistakes are cloned from {args.mistaken} more, with {worse:.1%} success")
     texts = [
         text
         for episode in played[:500]

