@@ -186,16 +186,21 @@ class Broken(HouseholdEnv):
         raise RuntimeError("the simulator died")
 
 
+class Unwinnable(HouseholdEnv):
+    def step(self, text):
+        return super().step("look")
+
+
 def test_limits_and_errors_end_only_their_own_episode():
     policy = make_policy("tiny")
     codec = Codec(policy.tokenizer)
-    envs = [HouseholdEnv(generate_game(0), 3), Broken(generate_game(1), 3)]
+    envs = [Unwinnable(generate_game(0), 3), Broken(generate_game(1), 3)]
     sampler = hf_sampler(policy, 1.0, torch.Generator().manual_seed(0))
     played = collect(sampler, codec, envs, RolloutConfig(), names=["a", "b"], seeds=[0, 1])
     assert [t.end for t in played] == [EndReason.TURN_LIMIT, EndReason.ERROR]
     assert played[1].detail == "RuntimeError: the simulator died" and len(played[1].turns) == 1
     first = len(played[0].turns[0].prompt_ids)
-    envs = [HouseholdEnv(generate_game(0), 50)]
+    envs = [Unwinnable(generate_game(0), 50)]
     sampler = hf_sampler(policy, 1.0, torch.Generator().manual_seed(1))
     tight = RolloutConfig(max_prompt_tokens=first + 15)
     (cut,) = collect(sampler, codec, envs, tight, names=["a"], seeds=[0])

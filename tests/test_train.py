@@ -99,11 +99,18 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         {"critic": "adapter", "lora_rank": 2, "kl_coef": 0.1},
         {"credit": "paper", "temperature": 0.9},
         {"credit": "upstream", "decoding": "free", "max_new_tokens": 12},
-        {"estimator": "gae", "advantage_scale": "none", "epochs": 2, "micro_batch_tokens": 300},
+        {
+            "estimator": "gae",
+            "advantage_scale": "none",
+            "epochs": 2,
+            "critic_epochs": 2,
+            "micro_batch_tokens": 300,
+        },
     ],
 )
 def test_every_combination_trains_what_it_should(changes):
-    config = small(eval_games=0, iterations=2, **changes)
+    # a reward at many turns, so that there is credit even where nothing is won
+    config = small(eval_games=0, iterations=2, **{"keep_penalty": -0.1, **changes})
     state = train.set_up(config)
     before = {n: p.detach().clone() for n, p in state.policy.named_parameters()}
     first = train.step(state)
@@ -142,13 +149,13 @@ def test_time_limit_stops_cleanly_with_an_evaluation(tmp_path):
 
 
 def test_common_scale_keeps_the_levels_relative_sizes():
-    state = train.set_up(small(eval_games=0))
+    state = train.set_up(small(eval_games=0, keep_penalty=-0.1))
     report = train.step(state)
     scaled = train.scale_advantages(report.grid, report.credit)
     valid = torch.arange(report.grid.reward.shape[1]) < report.grid.length[:, None]
     assert scaled.low[valid].mean().abs() < 1e-5
     assert (scaled.low[~valid] == 0).all() and (scaled.high[~report.grid.boundary] == 0).all()
-    if scaled.low.abs().max() < 5 and scaled.switch.abs().max() < 5:
+    if scaled.low.abs().max() < 5 and scaled.switch.abs().max() < 5:  # nothing was clamped
         spread = report.credit.low[valid].std() / report.credit.switch[valid].std()
         assert (scaled.low[valid].std() / scaled.switch[valid].std()).item() == pytest.approx(
             spread.item(), rel=1e-3
