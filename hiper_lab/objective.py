@@ -220,20 +220,14 @@ def evaluate(
     if known:
         read = torch.tensor([[getattr(turn, f"value_{k}") for k in LEVELS] for turn in turns])
     else:
-        read = torch.zeros(len(samples), len(LEVELS))
-        for index in micro_batches([s.action for s in samples], tokens):
-            batch = _reading_batch([samples[i] for i in index], policy)
-            read[index] = read_values(policy, batch, policy.hidden(batch.ids, "critic")).cpu()
+        read = _read_all(policy, samples, tokens)
     for k, level in enumerate(LEVELS):
         grid[level][tuple(torch.tensor(spots).T)] = read[:, k]
     final = torch.zeros(len(trajectories))
     cut = [b for b, tr in enumerate(trajectories) if not tr.end.terminated]
-    rows = [trajectories[b].final_prompt_ids for b in cut]
-    for index in micro_batches([len(r) for r in rows], tokens):
-        ends = [Sample(rows[i], len(rows[i]), len(rows[i]), [], [], [], []) for i in index]
-        batch = _reading_batch(ends, policy)
-        high = read_values(policy, batch, policy.hidden(batch.ids, "critic"))[:, 0].cpu()
-        final[[cut[i] for i in index]] = high
+    if cut:
+        ends = [_state(trajectories[b].final_prompt_ids) for b in cut]
+        final[cut] = _read_all(policy, ends, tokens)[:, LEVELS.index("high")]
     return Values(grid["high"], grid["low"], grid["switch"], final)
 
 
@@ -265,23 +259,28 @@ def mix_switch_values(
             if turn.switch:
                 kept = codec.encode(trajectory.turns[t - 1].subgoal)
                 keep = (*opening, *codec.encode(KEEP), *after_switch, *kept, *after_subgoal)
-                rows.append([*turn.prompt_ids, *keep])
+                rows.append(_state([*turn.prompt_ids, *keep]))
                 spots.append((b, t, beta))
-    for index in micro_batches([len(r) for r in rows], tokens):
-        ends = [Sample(rows[i], len(rows[i]), len(rows[i]), [], [], [], []) for i in index]
-        batch = _reading_batch(ends, policy)
-        low = read_values(policy, batch, policy.hidden(batch.ids, "critic"))[:, 1].tolist()
-        for i, value in zip(index, low, strict=True):
-            b, t, beta = spots[i]
-            switch[b, t] = beta * values.high[b, t] + (1 - beta) * value
+    kept_low = _read_all(policy, rows, tokens)[:, LEVELS.index("low")].tolist()
+    for (b, t, beta), low in zip(spots, kept_low, strict=True):
+        switch[b, t] = beta * values.high[b, t] + (1 - beta) * low
     return values._replace(switch=switch)
 
 
-def _reading_batch(samples: list[Sample], policy: Policy) -> Batch:
-    cut = [
-        Sample(s.ids[: s.action], s.prompt, s.action, [], [], [], []) for s in samples
-    ]  # nothing is read after the action's first token
-    return collate(cut, 0, policy.device)
+def _state(ids: list[int]) -> Sample:
+    """A row that only has values, all read at its end."""
+    return Sample(ids, len(ids), len(ids), [], [], [], [])
+
+
+def _read_all(policy: Policy, samples: list[Sample], tokens: int) -> Float[Tensor, "row level"]:
+    """The three heads on every sample; nothing after the action's first token is fed."""
+    read = torch.zeros(len(samples), len(LEVELS))
+    for index in micro_batches([s.action for s in samples], tokens):
+        rows = [samples[i] for i in index]
+        cut = [Sample(s.ids[: s.action], s.prompt, s.action, [], [], [], []) for s in rows]
+        batch = collate(cut, 0, policy.device)
+        read[index] = read_values(policy, batch, policy.hidden(batch.ids, "critic")).cpu()
+    return read
 
 
 # -------------------------------------------------------------------------------------------- loss

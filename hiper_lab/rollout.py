@@ -5,7 +5,7 @@ Token ids are kept as sampled and never re-tokenised; episodes that have ended c
 Left out on purpose: values, credit, anything that needs the whole batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,14 +76,12 @@ def collect(
     *,
     names: Sequence[str],
     seeds: Sequence[int],
-    on_turn: Callable[[int], None] = lambda running: None,
 ) -> list[Trajectory]:
     """Play one episode in each environment, all in lock step.
 
     Args:
         names: The game of each environment, for the record.
         seeds: Passed to each environment's ``reset``.
-        on_turn: Called after every lock-step turn with the number of episodes still running.
 
     Returns:
         One trajectory per environment, in order. An environment that raises ends its episode with
@@ -115,7 +113,6 @@ def collect(
             _act(episode, codec, draft, response)
             _render(episode, codec, config)
         running = [e for e in running if e.end is None]
-        on_turn(len(running))
     return [
         Trajectory(
             id=f"{k:04d}", task=e.task, game=name, seed=seed, turns=e.turns, end=e.end,

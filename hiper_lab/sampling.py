@@ -204,10 +204,9 @@ def free(
     text = ""
     while len(draft.ids) < max_tokens and SKELETON[3] not in text:
         token = yield None
-        if token == codec.tokenizer.eos_token_id:
-            draft.choose(token, Role.FORMAT)
-            break
         draft.choose(token, Role.FORMAT)
+        if token == codec.tokenizer.eos_token_id:
+            break
         text += codec.pieces[token]
     ended = [i for i in draft.ids if i != codec.tokenizer.eos_token_id]
     draft.roles[: len(ended)] = map(int, protocol.roles([codec.pieces[i] for i in ended]))

@@ -17,7 +17,7 @@ import time
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,8 @@ from hiper_lab.trajectory import Trajectory
 
 ENVS = ("household", "alfworld", "webshop")
 PRESETS = ("lab", "paper", "upstream")
+# Their fields are flat parameters beside our own.
+STAGES = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,10 @@ class TrainConfig:
         preset = given.pop("credit", "lab")
         if preset not in PRESETS:
             raise ValueError(f"credit is {preset!r}, expected one of {PRESETS}")
-        stages = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
-        values: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "own")}
+        values: dict[str, dict[str, Any]] = {name: {} for name in (*STAGES, "own")}
         for name, value in given.items():
-            for stage, kind in (*stages.items(), ("own", cls)):
-                if name in kind.__dataclass_fields__ and name not in stages:
+            for stage, kind in (*STAGES.items(), ("own", cls)):
+                if name in kind.__dataclass_fields__ and name not in STAGES:
                     values[stage][name] = check_type(name, value, typing.get_type_hints(kind)[name])
                     break
             else:
@@ -169,9 +170,8 @@ class TrainConfig:
 
 def parameter_names() -> list[str]:
     """All flat parameter names that ``TrainConfig.from_parameters`` takes."""
-    stages = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
-    own = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in stages]
-    return own + ["credit"] + [f.name for k in stages.values() for f in dataclasses.fields(k)]
+    own = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in STAGES]
+    return own + ["credit"] + [f.name for k in STAGES.values() for f in dataclasses.fields(k)]
 
 
 def check_type(name: str, value: Any, kind: Any) -> Any:
@@ -552,7 +552,7 @@ def credit_metrics(
     return metrics
 
 
-def evaluate(state: State, on_turn: Callable[[int], None] = lambda running: None) -> Evaluation:
+def evaluate(state: State) -> Evaluation:
     """Play the held-out games with the current policy. The games are the same every time."""
     config = state.config
     envs, names = make_envs(config, config.eval_split, 0, config.eval_games)
@@ -560,7 +560,7 @@ def evaluate(state: State, on_turn: Callable[[int], None] = lambda running: None
     sampler = hf_sampler(state.policy, config.eval_temperature, generator)
     seeds = list(range(len(envs)))
     played = collect(
-        sampler, state.codec, envs, config.rollout, names=names, seeds=seeds, on_turn=on_turn
+        sampler, state.codec, envs, config.rollout, names=names, seeds=seeds
     )
     won = [t.success for t in played]
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
