@@ -5,10 +5,10 @@ their probabilities, as one `TurnGrid`, so the very code that trains a model is 
 credit, and the mean and the covariance of its policy gradient come out without sampling error:
 
     mdp = kitchen()
-    all_of_it = enumerate_trajectories(mdp)             # what can happen, and the true gradient
-    values = read_values(all_of_it, exact_values(mdp))  # or `perturb` the critic first
-    credit = estimate(all_of_it.grid, values, config)   # any estimator of `hiper_lab.credit`
-    gradient_statistics(all_of_it, credit)              # its bias and its variance
+    trajectories = enumerate_trajectories(mdp)             # what can happen; the true gradient
+    values = read_values(trajectories, exact_values(mdp))  # or `perturb` the critic first
+    credit = estimate(trajectories.grid, values, config)   # any estimator of `hiper_lab.credit`
+    gradient_statistics(trajectories, credit)              # its bias and its variance
 
 The horizon belongs to the process: values depend on the turn and are 0 after the last one, so
 every episode ends by termination. Turn 0 must SWITCH; that decision has no score.
@@ -20,6 +20,7 @@ Source: Sutton, Precup & Singh 1999 (options); Peng et al. 2026, arXiv:2602.1616
 theory and its numbers are ours.
 """
 
+import random
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -203,8 +204,8 @@ def enumerate_trajectories(mdp: OptionMDP) -> Trajectories:
     """List all that can happen under the policy.
 
     Example:
-        >>> all_of_it = enumerate_trajectories(kitchen())
-        >>> len(all_of_it.probability), round(all_of_it.probability.sum().item(), 12)
+        >>> trajectories = enumerate_trajectories(kitchen())
+        >>> len(trajectories.probability), round(trajectories.probability.sum().item(), 12)
         (5154, 1.0)
     """
     beta, mu, pi = _policy(mdp)
@@ -299,8 +300,8 @@ def conditional_mean(
     Example:
         E[reward | turn] of the kitchen: at turn 0 nothing but the cost.
 
-        >>> all_of_it = enumerate_trajectories(kitchen())
-        >>> conditional_mean(all_of_it, all_of_it.grid.reward, all_of_it.turn)[-1]
+        >>> trajectories = enumerate_trajectories(kitchen())
+        >>> conditional_mean(trajectories, trajectories.grid.reward, trajectories.turn)[-1]
         tensor([-0.0200,  0.2200,  0.2538,  0.2632], dtype=torch.float64)
     """
     key = torch.zeros_like(trajectories.turn)
@@ -325,10 +326,10 @@ def gradient_statistics(
         discount: False drops γᵗ, as most code for deep RL does.
 
     Example:
-        >>> all_of_it = enumerate_trajectories(kitchen())
-        >>> values = read_values(all_of_it, exact_values(kitchen()))
-        >>> credit = hae(all_of_it.grid, values, CreditConfig.paper())
-        >>> statistics = gradient_statistics(all_of_it, credit)
+        >>> trajectories = enumerate_trajectories(kitchen())
+        >>> values = read_values(trajectories, exact_values(kitchen()))
+        >>> credit = hae(trajectories.grid, values, CreditConfig.paper())
+        >>> statistics = gradient_statistics(trajectories, credit)
         >>> statistics.bias < 1e-12, round(statistics.trace, 4)
         (True, 0.3675)
     """
@@ -396,23 +397,23 @@ def theory_table(mdp: OptionMDP) -> pd.DataFrame:
     >>> theory_table(kitchen()).trace[["GAE 1, V(s)", "HAE (1, 1) paper"]].round(4).to_dict()
     {'GAE 1, V(s)': 0.5678, 'HAE (1, 1) paper': 0.3811}
     """
-    all_of_it, exact = enumerate_trajectories(mdp), exact_values(mdp)
-    grid, values = all_of_it.grid, read_values(all_of_it, exact)
-    turn, state = all_of_it.turn, all_of_it.state
-    to_go = returns(all_of_it)
+    trajectories, exact = enumerate_trajectories(mdp), exact_values(mdp)
+    grid, values = trajectories.grid, read_values(trajectories, exact)
+    turn, state = trajectories.turn, trajectories.state
+    to_go = returns(trajectories)
     # The statistics weigh turn t with γᵗ; the return of the episode counts in full at every turn.
     full = mdp.gamma ** -turn.double()
     whole, episode = to_go[:, :1] * full, (to_go[:, :1] - exact.high[0, 0]) * full
-    anchor = to_go - conditional_mean(all_of_it, to_go, state)
+    anchor = to_go - conditional_mean(trajectories, to_go, state)
     seen = values._replace(high=values.switch)
-    blind = values._replace(high=conditional_mean(all_of_it, values.switch, turn, state))
+    blind = values._replace(high=conditional_mean(trajectories, values.switch, turn, state))
     flat = CreditConfig(gamma=mdp.gamma, lam_boundary=0.0)
     paper = replace(flat, switch_advantage="value")
 
     def lam(config: CreditConfig, low: float, high: float = 1.0) -> CreditConfig:
         return replace(config, lam_low=low, lam_high=high)
 
-    taken = exact.action[turn, state, all_of_it.subgoal, all_of_it.action]
+    taken = exact.action[turn, state, trajectories.subgoal, trajectories.action]
     rows = {
         "exact advantages": hae(grid, values, paper)._replace(
             high=values.low - values.high, low=taken - values.low
@@ -433,8 +434,8 @@ def theory_table(mdp: OptionMDP) -> pd.DataFrame:
         "HAE (0.95, 0.95) paper": hae(grid, values, lam(paper, 0.95, 0.95)),
         "HAE (0, 0) paper": hae(grid, values, lam(paper, 0, 0)),
     }
-    statistics = {name: gradient_statistics(all_of_it, credit) for name, credit in rows.items()}
-    statistics |= {f"VinePPO K={k}": vine_ppo(all_of_it, values, k) for k in (9, 1)}
+    statistics = {name: gradient_statistics(trajectories, credit) for name, credit in rows.items()}
+    statistics |= {f"VinePPO K={k}": vine_ppo(trajectories, values, k) for k in (9, 1)}
     return pd.DataFrame.from_dict(statistics, orient="index").drop(columns=["mean", "variance"])
 
 
@@ -445,10 +446,10 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
     "flat" has its V(s, g_prev) from the switch head, and its bias is that of all levels. Names
     after a level are what differs from λ = 1 and λᴮ = 0; 0 (up to rounding) is "needs nothing".
     """
-    all_of_it, exact = enumerate_trajectories(mdp), exact_values(mdp)
+    trajectories, exact = enumerate_trajectories(mdp), exact_values(mdp)
     wrong = perturb(exact, std, seed)
     critics = {
-        name: read_values(all_of_it, exact._replace(**{name: getattr(wrong, name)}))
+        name: read_values(trajectories, exact._replace(**{name: getattr(wrong, name)}))
         for name in ("low", "high", "switch")
     }
     one = CreditConfig(gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0)
@@ -469,13 +470,13 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
     for level, name, config in cases:
         for head, values in critics.items():
             if level == "flat":
-                credit = gae(all_of_it.grid, values._replace(high=values.switch), config)
+                credit = gae(trajectories.grid, values._replace(high=values.switch), config)
             else:
-                credit = hae(all_of_it.grid, values, config)
-            error = gradient_statistics(all_of_it, credit).mean - all_of_it.gradient
+                credit = hae(trajectories.grid, values, config)
+            error = gradient_statistics(trajectories, credit).mean - trajectories.gradient
             if level != "flat":
                 error = _levels(mdp, error)[("switch", "high", "low").index(level)]
-            bias = (error.norm() / all_of_it.gradient.norm()).item()
+            bias = (error.norm() / trajectories.gradient.norm()).item()
             table.setdefault((level, name), {})[head] = bias
     return pd.DataFrame.from_dict(table, orient="index")
 
@@ -493,20 +494,20 @@ def variance_identity(mdp: OptionMDP) -> pd.DataFrame:
     >>> variance_identity(kitchen()).round(4).iloc[0].to_dict()
     {'flat': 0.2503, 'hae': 0.0739, 'bootstrap': 0.1753, 'conditioning': 0.0011}
     """
-    all_of_it = enumerate_trajectories(mdp)
-    grid, turn, state = all_of_it.grid, all_of_it.turn, all_of_it.state
-    values, real = read_values(all_of_it, exact_values(mdp)), _real(all_of_it)
-    to_go = returns(all_of_it)
+    trajectories = enumerate_trajectories(mdp)
+    grid, turn, state = trajectories.grid, trajectories.turn, trajectories.state
+    values, real = read_values(trajectories, exact_values(mdp)), _real(trajectories)
+    to_go = returns(trajectories)
     config = CreditConfig(gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0)
     # What is still open at a boundary, once the decision to SWITCH is known, carried back to b'.
-    opened = _variance(all_of_it, to_go, turn, state, grid.switch) * (grid.boundary & real)
+    opened = _variance(trajectories, to_go, turn, state, grid.switch) * (grid.boundary & real)
     within = (~grid.boundary & real).double()
     ahead = [pad(x[:, 1:], (0, 1)) * mdp.gamma**2 for x in (opened, within)]
     table = {
-        "flat": _variance(all_of_it, to_go, turn, state),
-        "hae": _variance(all_of_it, hae(grid, values, config).low, turn, state),
-        "bootstrap": conditional_mean(all_of_it, reverse_scan(*ahead), turn, state),
-        "conditioning": _variance(all_of_it, values.low, turn, state),
+        "flat": _variance(trajectories, to_go, turn, state),
+        "hae": _variance(trajectories, hae(grid, values, config).low, turn, state),
+        "bootstrap": conditional_mean(trajectories, reverse_scan(*ahead), turn, state),
+        "conditioning": _variance(trajectories, values.low, turn, state),
     }
     keys = {"turn": turn, "state": state}
     rows = pd.DataFrame({name: x[real].numpy() for name, x in (keys | table).items()})
@@ -540,6 +541,63 @@ def _levels(mdp: OptionMDP, x: Float[Tensor, "*batch parameter"]) -> tuple[Tenso
     return x.split([getattr(mdp, name).numel() for name in LOGITS], -1)
 
 
+class KitchenEnv:
+    """The kitchen as a text to be played, for training on what can be computed exactly.
+
+    The interface of `hiper_lab.rollout.TextEnv`. The turns left are shown, for values depend on
+    them. Whatever is no command costs a turn and does nothing.
+
+    >>> env = KitchenEnv()
+    >>> env.reset(seed=0)[0]
+    'You are empty-handed. A mug is on the counter. 4 turns left.'
+    >>> env.step("grab")[:4]  # observation, reward, terminated, truncated
+    ('You hold the mug. 3 turns left.', -0.02, False, False)
+    """
+
+    ACTIONS = ("grab", "put")
+    PLACES = ("You are empty-handed. A mug is on the counter.", "You hold the mug.", "Done.")
+
+    def __init__(self, horizon: int = 4):
+        self.mdp = kitchen(horizon=horizon)
+        self._dice = random.Random()
+        self._state: tuple[int, int] | None = None
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+        """Start over. A seed also restarts the dice."""
+        if seed is not None:
+            self._dice.seed(seed)
+        info = self.restore((0, 0))
+        return self._look(), info
+
+    def step(self, text: str) -> tuple[str, float, bool, bool, dict]:
+        """Play one turn. It ends the episode when the mug is put away or no turn is left."""
+        if self._state is None or self._over:
+            raise RuntimeError(f"step({text!r}) outside an episode; call reset() or restore()")
+        (state, turn), command, after = self._state, text.strip(), self._state[0]
+        if command in self.ACTIONS:
+            chances = self.mdp.transition[state, self.ACTIONS.index(command)].tolist()
+            after = self._dice.choices(range(len(chances)), chances)[0]
+        reward = self.mdp.reward[state, 0, after].item()
+        info = self.restore((after, turn + 1))
+        return self._look(), reward, self._over, False, info
+
+    def snapshot(self) -> tuple[int, int]:
+        """State and turn, for `restore`. Not the dice: rollouts from here differ by chance."""
+        if self._state is None:
+            raise RuntimeError("snapshot() outside an episode; call reset()")
+        return self._state
+
+    def restore(self, state: tuple[int, int]) -> dict:
+        """Go (back) to a state; returns the info that belongs to it."""
+        self._state, won = state, state[0] == len(self.mdp.transition)
+        self._over = won or state[1] >= self.mdp.horizon
+        return {"admissible": list(self.ACTIONS), "won": won, "task": "put the mug away"}
+
+    def _look(self) -> str:
+        state, turn = self._state
+        return f"{self.PLACES[state]} {self.mdp.horizon - turn} turns left."
+
+
 def _variance(trajectories: Trajectories, x: Tensor, *given: Tensor) -> Tensor:
     """Var(x | given), read back at every turn."""
     return conditional_mean(
@@ -554,6 +612,12 @@ def _same(x: Tensor) -> Credit:
 
 def _policy(mdp: OptionMDP) -> tuple[Tensor, Tensor, Tensor]:
     """β [state, previous], μ [state, subgoal] and π [state, subgoal, action]."""
+    total = mdp.transition.sum(-1)
+    if (mdp.transition < 0).any() or not torch.allclose(total, torch.ones_like(total)):
+        raise ValueError(f"transition sums to {total.tolist()}, expected probabilities: 1 each")
+    if mdp.horizon < 1 or not 0 < mdp.gamma <= 1:
+        seen = f"horizon is {mdp.horizon} and gamma {mdp.gamma}"
+        raise ValueError(f"{seen}, expected at least 1 turn and a number in (0, 1]")
     return mdp.switch_logit.sigmoid(), mdp.subgoal_logit.softmax(-1), mdp.action_logit.softmax(-1)
 
 
