@@ -32,7 +32,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, gae, hae
+from hiper_lab.credit import hae
+from hiper_lab.flat import gae
+from hiper_lab.grid import Credit, CreditConfig, TurnGrid, Values
 from hiper_lab.scan import reverse_scan
 
 LOGITS = ("switch_logit", "subgoal_logit", "action_logit")
