@@ -199,7 +199,9 @@ def true_gradient(mdp: OptionMDP) -> Float[Tensor, "parameter"]:
     """
     logits = {name: getattr(mdp, name).clone().requires_grad_() for name in LOGITS}
     value = exact_values(mdp._replace(**logits)).high[0, 0]
-    return torch.cat([x.flatten() for x in torch.autograd.grad(value, list(logits.values()))])
+    # at horizon 1 nothing depends on the switch: zeros
+    parts = torch.autograd.grad(value, list(logits.values()), materialize_grads=True)
+    return torch.cat([x.flatten() for x in parts])
 
 
 def enumerate_trajectories(mdp: OptionMDP) -> Trajectories:
@@ -312,7 +314,7 @@ def conditional_mean(
     weight = _real(trajectories) * trajectories.probability[:, None]
     total = torch.zeros(2, int(key.max()) + 1, dtype=x.dtype)
     total.index_add_(1, key.flatten(), torch.stack([weight * x, weight]).flatten(1))
-    return (total[0] / total[1])[key]
+    return (total[0] / torch.where(total[1] > 0, total[1], 1))[key]  # 0 where all is padding
 
 
 def gradient_statistics(
