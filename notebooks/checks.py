@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from hiper_lab.credit import CreditConfig, TurnGrid, Values, gae, hae, segment_index
+from hiper_lab.credit import hae, segment_index
+from hiper_lab.flat import gae
+from hiper_lab.grid import CreditConfig, TurnGrid, Values
 from hiper_lab.scan import reverse_scan
 
 Case = dict[str, Any]
@@ -586,6 +588,103 @@ def doubling_pass(student: Callable) -> None:
         "you always look one turn ahead; a pass looks `step` turns ahead.": neighbour,
         "near the end there is nothing `step` turns ahead, so nothing flows: c becomes 0 there.":
             edge,
+    })  # fmt: skip
+
+
+# ------------------------------------------------------------------------ 06: bias and variance
+
+
+def bias_and_variance(student: Callable) -> None:
+    """Exercise 6.1: ``bias_and_variance(outcomes, probability, critic, lam) -> two floats``."""
+
+    def moments(outcomes, probability):
+        mean = sum(p * x for x, p in zip(outcomes, probability, strict=True))
+        square = sum(p * x * x for x, p in zip(outcomes, probability, strict=True))
+        return mean, square - mean**2
+
+    def right(outcomes, probability, critic, lam):
+        mean, variance = moments(outcomes, probability)
+        return (1 - lam) * (critic - mean), lam**2 * variance
+
+    def variant(change):
+        return lambda **case: change(**case, answer=right(**case))
+
+    def unweighted(outcomes, probability, critic, lam):
+        return right(outcomes, [1 / len(outcomes)] * len(outcomes), critic, lam)
+
+    def exchanged(outcomes, probability, critic, lam):
+        return right(outcomes, probability, critic, 1 - lam)
+
+    cases = [
+        {"outcomes": [0.0, 1.0], "probability": [0.5, 0.5], "critic": 0.8, "lam": 0.5},
+        {"outcomes": [0.0, 1.0, 3.0], "probability": [0.5, 0.3, 0.2], "critic": 0.4, "lam": 0.3},
+    ]
+    _grade("6.1", student, right, cases, {
+        "the variance of lam * G is lam SQUARED times that of G.":
+            variant(lambda lam, answer, **_: (answer[0], answer[1] / lam)),
+        "the sign of the bias is turned round: mean of the estimate minus the truth.":
+            variant(lambda answer, **_: (-answer[0], answer[1])),
+        "the outcomes are not equally likely: weigh each by its probability.": unweighted,
+        "the weights are exchanged: lam belongs to the return, 1 - lam to the critic.": exchanged,
+        "that is the second moment, not the variance: subtract the mean before you square.":
+            variant(lambda outcomes, probability, lam, answer, **_: (
+                answer[0], answer[1] + (lam * moments(outcomes, probability)[0]) ** 2)),
+        "the bias of the critic counts in full only at lam = 0: it has weight 1 - lam.":
+            variant(lambda lam, answer, **_: (answer[0] / (1 - lam), answer[1])),
+    })  # fmt: skip
+
+
+def total_variance(student: Callable) -> None:
+    """Exercise 6.2: ``total_variance(probability, mean, variance) -> (removed, left)``."""
+
+    def right(probability, mean, variance):
+        overall = sum(p * m for p, m in zip(probability, mean, strict=True))
+        removed = sum(p * v for p, v in zip(probability, variance, strict=True))
+        left = sum(p * (m - overall) ** 2 for p, m in zip(probability, mean, strict=True))
+        return removed, left
+
+    def unweighted(probability, mean, variance):
+        return right([1 / len(mean)] * len(mean), mean, variance)
+
+    def not_centred(probability, mean, variance):
+        removed, _ = right(probability, mean, variance)
+        return removed, sum(p * m * m for p, m in zip(probability, mean, strict=True))
+
+    def squared(probability, mean, variance):
+        return right(probability, mean, [v * v for v in variance])
+
+    cases = [
+        {"probability": [0.5, 0.5], "mean": [0.2, 0.8], "variance": [0.25, 0.1]},
+        {"probability": [0.6, 0.3, 0.1], "mean": [0.5, -1.0, 2.0], "variance": [0.0, 0.5, 1.5]},
+    ]
+    _grade("6.2", student, right, cases, {
+        "the two parts are exchanged: V_high knows the state it is in, so what varies between "
+        "boundaries stays.": lambda **case: right(**case)[::-1],
+        "the boundaries are not equally likely: weigh each by its probability.": unweighted,
+        "subtract the overall mean before you square: Var(E[G|b]), not E[E[G|b]²].": not_centred,
+        "`variance` holds variances already; do not square them.": squared,
+    })  # fmt: skip
+
+
+def switch_gradient(student: Callable) -> None:
+    """Exercise 6.3: ``switch_gradient(beta, v_high, v_low) -> float``."""
+
+    def right(beta, v_high, v_low):
+        return beta * (1 - beta) * (v_high - v_low)
+
+    cases = [
+        {"beta": 0.25, "v_high": 0.6, "v_low": 0.2},
+        {"beta": 0.9, "v_high": 0.1, "v_low": 0.7},
+    ]
+    _grade("6.3", student, right, cases, {
+        "exactly the wrong sign: after SWITCH both factors are positive, after KEEP both negative.":
+            lambda **case: -right(**case),
+        "that is the mean of the advantage, which is 0. The score weighs it with q - beta.":
+            lambda **case: 0.0,
+        "that is the gradient of SWITCH alone; KEEP has probability 1 - beta and counts too.":
+            lambda **case: right(**case) * (1 - case["beta"]),
+        "weigh SWITCH with its probability beta and KEEP with 1 - beta.":
+            lambda beta, v_high, v_low: (1 - 2 * beta + 2 * beta**2) * (v_high - v_low),
     })  # fmt: skip
 
 

@@ -228,6 +228,25 @@ def doubling_keeps_the_edge(y, c, step):
     return new_y, new_c[: len(c) - step] + c[len(c) - step :]
 
 
+# ------------------------------------------------------------------------ 06: bias and variance
+
+
+def moments(outcomes, probability, critic, lam, power=2, centre=True):
+    G, p = np.array(outcomes), np.array(probability)
+    variance = p @ (G - centre * (p @ G)) ** 2
+    return p @ ((1 - lam) * critic + lam * G - G), lam**power * variance
+
+
+def total_variance(probability, mean, variance, centre=True):
+    p, m = np.array(probability), np.array(mean)
+    return p @ np.array(variance), p @ (m - centre * (p @ m)) ** 2
+
+
+def switch_gradient(beta, v_high, v_low):
+    outcomes = [(beta, 1 - beta), (1 - beta, -beta)]  # (probability, q - beta)
+    return sum(p * score * score * (v_high - v_low) for p, score in outcomes)
+
+
 # -------------------------------------------------------------------------- 07: tokens and loss
 
 
@@ -329,6 +348,26 @@ EXERCISES = {
         (doubling_in_place, "new y"),
         (lambda y, c, step: doubling(y, c, 1), "one turn ahead"),
         (doubling_keeps_the_edge, "c becomes 0"),
+    ]),
+    "bias_and_variance": (moments, [
+        (lambda **case: moments(**case, power=1), "SQUARED"),
+        (lambda **case: np.array([-1, 1]) * moments(**case), "sign of the bias"),
+        (lambda **case: moments(
+            **case | {"probability": np.full(len(case["outcomes"]), 1 / len(case["outcomes"]))}),
+         "not equally likely"),
+        (lambda **case: moments(**case | {"lam": 1 - case["lam"]}), "exchanged"),
+        (lambda **case: moments(**case, centre=False), "second moment"),
+    ]),
+    "total_variance": (total_variance, [
+        (lambda **case: total_variance(**case)[::-1], "exchanged"),
+        (lambda **case: total_variance(**case, centre=False), "overall mean"),
+        (lambda probability, mean, variance: (np.mean(variance), np.var(mean)),
+         "not equally likely"),
+    ]),
+    "switch_gradient": (switch_gradient, [
+        (lambda **case: -switch_gradient(**case), "wrong sign"),
+        (lambda beta, v_high, v_low: 0.0, "mean of the advantage"),
+        (lambda beta, v_high, v_low: beta * (1 - beta) ** 2 * (v_high - v_low), "SWITCH alone"),
     ]),
     "token_advantages": (tokens, [
         (lambda **case: tokens(**case, injected=1.0), "injected"),
