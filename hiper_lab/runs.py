@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 from nbclient.exceptions import DeadKernelError
 from tqdm.auto import tqdm
+from traitlets import default
 
 import hiper_lab
 from hiper_lab.train import TrainConfig, parameter_names
@@ -145,8 +149,22 @@ def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str 
         papermill.execute_notebook(
             str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
             kernel_name="python3", progress_bar=False, store_widget_state=False,
+            kernel_manager_class=_LocalKernel,
         )  # fmt: skip
     return executed
+
+
+class _LocalKernel(AsyncKernelManager):
+    """A kernel behind file sockets of its own, not TCP ports (which ipykernel warns about)."""
+
+    @default("transport")
+    def _file_socket(self) -> str:
+        return "ipc"
+
+    @default("ip")
+    def _path_of_the_sockets(self) -> str:
+        Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
+        return str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4().hex}")
 
 
 @contextmanager
