@@ -159,7 +159,9 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
     Args:
         template: ``full`` (instructions first, so that they are cached), ``upstream`` (the parts
             of the released HiPER prompt in their order, instructions last; the wording is ours),
-            or ``compact`` (no instructions: for tiny models trained on it).
+            or ``compact`` (for tiny models trained on it: no instructions; says how many turns
+            have passed and which places were not visited yet, and marks things of a kind that the
+            task names with ``*``).
         history_turns: How many past turns are shown (actions only in ``compact``).
 
     Raises:
@@ -198,12 +200,25 @@ def _situation(context: Context, past: list[tuple[str, str]]) -> str:
 
 
 def _compact(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
-    # The first observation repeats the task and a banner: a tiny model is spared both.
+    # What a tiny model cannot work out for itself: how late it is, where it has not been, and
+    # which of the things it sees the task is about.
+    wanted = set(re.findall(r"[a-z]+", context.task))
+
+    def mark(text: str) -> str:
+        return re.sub(r"\b([a-z]+)(?= \d)", lambda m: "*" * (m[1] in wanted) + m[1], text)
+
+    done = {action for _, action in context.history}
+    new = [a[len(_GO) :] for a in context.admissible if a.startswith(_GO) and a not in done]
+    # The first observation repeats the task and a banner: it is spared both.
     seen = context.observation.split("\n\nYour task is to:")[0].split("=-\n\n")[-1].strip()
     actions = "".join(f"> {action}\n" for _, action in past)
-    return "", f"{context.task}\n{actions}{seen}\n# {context.subgoal or NO_SUBGOAL}\n"
+    return "", (
+        f"{context.task}\n[ {len(context.history)}] {mark(', '.join(new))}\n"
+        f"{mark(actions + seen)}\n# {context.subgoal or NO_SUBGOAL}\n"
+    )
 
 
+_GO = "go to "
 TEMPLATES = {"full": _full, "upstream": _upstream, "compact": _compact}
 
 

@@ -30,7 +30,7 @@ class RolloutConfig:
     """``compact`` (for the embedded model), ``full`` or ``upstream``."""
     decoding: str = "guided"
     """``guided`` or ``free``."""
-    history_turns: int = 12
+    history_turns: int = 6
     """Past turns shown in the prompt."""
     max_prompt_tokens: int = 2048
     """An episode whose prompt grows longer ends with ``token_limit``."""

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import types
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm.auto import tqdm
+from traitlets import default
 
 import hiper_lab
 from hiper_lab.train import TrainConfig, parameter_names
@@ -150,6 +154,7 @@ def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str 
         papermill.execute_notebook(
             str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
             kernel_name="python3", progress_bar=False, store_widget_state=False,
+            kernel_manager_class=_LocalKernel,
         )  # fmt: skip
     return executed
 
@@ -171,11 +176,25 @@ def refresh(path: Path | str) -> None:
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=None, coalesce_streams=True, record_timing=False,
         store_widget_state=False, resources={"metadata": {"path": str(path.parent)}},
+        kernel_manager_class=_LocalKernel,
     )  # fmt: skip
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     write_atomic(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
+
+
+class _LocalKernel(AsyncKernelManager):
+    """A kernel behind file sockets of its own, not TCP ports (which ipykernel warns about)."""
+
+    @default("transport")
+    def _file_socket(self) -> str:
+        return "ipc"
+
+    @default("ip")
+    def _path_of_the_sockets(self) -> str:
+        Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
+        return str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4().hex}")
 
 
 @contextmanager

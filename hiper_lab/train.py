@@ -559,9 +559,7 @@ def evaluate(state: State) -> Evaluation:
     generator = _generator(config, 0, "evaluate", state.policy.device)
     sampler = hf_sampler(state.policy, config.eval_temperature, generator)
     seeds = list(range(len(envs)))
-    played = collect(
-        sampler, state.codec, envs, config.rollout, names=names, seeds=seeds
-    )
+    played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=seeds)
     won = [t.success for t in played]
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
 
