@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
@@ -273,6 +273,10 @@ def read_values(trajectories: Trajectories, tables: ValueTables) -> Values:
     `gae` reads ``high`` at every prompt. Give it ``values._replace(high=values.switch)`` for a
     critic that sees the subgoal in force, V(s, g_prev). One that does not see it knows at best
     ``conditional_mean(trajectories, values.switch, trajectories.turn, trajectories.state)``.
+
+    >>> trajectories = enumerate_trajectories(kitchen())
+    >>> read_values(trajectories, exact_values(kitchen())).high[0, 0]  # J, whatever comes later
+    tensor(0.5381, dtype=torch.float64)
     """
     turn, state = trajectories.turn, trajectories.state
     return Values(
@@ -286,7 +290,12 @@ def read_values(trajectories: Trajectories, tables: ValueTables) -> Values:
 def perturb(tables: ValueTables, std: float = 0.15, seed: int = 0) -> ValueTables:
     """A critic that is wrong: normal noise on low, high and switch, drawn in this order.
 
-    To perturb one head only, take it over: ``exact._replace(high=perturb(exact).high)``.
+    To perturb one head only, take it over:
+
+    >>> exact = exact_values(kitchen())
+    >>> wrong = exact._replace(high=perturb(exact).high)
+    >>> torch.equal(wrong.low, exact.low), torch.equal(wrong.high, exact.high)
+    (True, False)
     """
     rng, noisy = np.random.default_rng(seed), {}
     for name in ("low", "high", "switch"):
@@ -297,7 +306,9 @@ def perturb(tables: ValueTables, std: float = 0.15, seed: int = 0) -> ValueTable
 
 
 def conditional_mean(
-    trajectories: Trajectories, x: Float[Tensor, "traj turn"], *given: Int[Tensor, "traj turn"]
+    trajectories: Trajectories,
+    x: Float[Tensor, "traj turn"],
+    *given: Int[Tensor, "traj turn"] | Bool[Tensor, "traj turn"],
 ) -> Float[Tensor, "traj turn"]:
     """E[x | given] over all turns of all trajectories, read back at every turn.
 
@@ -310,7 +321,7 @@ def conditional_mean(
     """
     key = torch.zeros_like(trajectories.turn)
     for part in given:
-        key = key * (int(part.max()) + 1) + part
+        key = key * (int(part.max()) + 1) + part.long()
     weight = _real(trajectories) * trajectories.probability[:, None]
     total = torch.zeros(2, int(key.max()) + 1, dtype=x.dtype)
     total.index_add_(1, key.flatten(), torch.stack([weight * x, weight]).flatten(1))
@@ -352,6 +363,13 @@ def whiten_population(trajectories: Trajectories, credit: Credit) -> Credit:
 
     Taken over the turns where the level decides: low all, high boundaries, switch all but the
     first. Each level keeps its direction; their lengths, and so the joint direction, change.
+
+    >>> trajectories = enumerate_trajectories(kitchen())
+    >>> values = read_values(trajectories, exact_values(kitchen()))
+    >>> credit = hae(trajectories.grid, values, CreditConfig.upstream())
+    >>> credit = whiten_population(trajectories, credit)
+    >>> round(gradient_statistics(trajectories, credit).cosine, 4)
+    0.9955
     """
     real = _real(trajectories)
 
@@ -375,6 +393,11 @@ def vine_ppo(trajectories: Trajectories, values: Values, rollouts: int) -> Gradi
     enters two neighbouring turns, so to the trace of flat GAE with λ = 0 it adds
 
         Σₜ E[γ²ᵗ ‖scoreₜ₋₁ - scoreₜ‖² Var(Gₜ | sₜ, g_prev)] / K.
+
+    >>> trajectories = enumerate_trajectories(kitchen())
+    >>> values = read_values(trajectories, exact_values(kitchen()))
+    >>> [round(vine_ppo(trajectories, values, k).trace, 4) for k in (1, 9, 1000)]
+    [1.1582, 0.3163, 0.212]
 
     Source: Kazemnejad et al. 2024, arXiv:2410.01679 (which has γ = 1 and K = 9).
     """
@@ -411,7 +434,7 @@ def theory_table(mdp: OptionMDP) -> pd.DataFrame:
     anchor = to_go - conditional_mean(trajectories, to_go, state)
     seen = values._replace(high=values.switch)
     blind = values._replace(high=conditional_mean(trajectories, values.switch, turn, state))
-    flat = CreditConfig(gamma=mdp.gamma, lam_boundary=0.0)
+    flat = CreditConfig(gamma=mdp.gamma, lam_boundary=0.0, switch_advantage="return")
     paper = replace(flat, switch_advantage="value")
 
     def lam(config: CreditConfig, low: float, high: float = 1.0) -> CreditConfig:
@@ -449,6 +472,13 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
 
     "flat" has its V(s, g_prev) from the switch head, and its bias is that of all levels. Names
     after a level are what differs from λ = 1 and λᴮ = 0; 0 (up to rounding) is "needs nothing".
+
+    >>> critic_table(kitchen()).loc["low"].round(4) + 0.0
+                low    high  switch
+              0.0000  0.0436     0.0
+    λᴸ 0.95  0.0047  0.0439     0.0
+    λᴮ 0.9   0.0000  0.0044     0.0
+    λᴮ 1     0.0000  0.0000     0.0
     """
     trajectories, exact = enumerate_trajectories(mdp), exact_values(mdp)
     wrong = perturb(exact, std, seed)
@@ -456,10 +486,12 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
         name: read_values(trajectories, exact._replace(**{name: getattr(wrong, name)}))
         for name in ("low", "high", "switch")
     }
-    one = CreditConfig(gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0)
+    one = CreditConfig(
+        gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0, switch_advantage="return"
+    )
     cases = [
-        ("flat", "", replace(one, estimator="gae")),
-        ("flat", "λ 0.95", replace(one, estimator="gae", lam_low=0.95)),
+        ("flat", "", one),
+        ("flat", "λ 0.95", replace(one, lam_low=0.95)),
         ("high", "", one),
         ("high", "λᴴ 0.95", replace(one, lam_high=0.95)),
         ("low", "", one),
@@ -519,30 +551,14 @@ def variance_identity(mdp: OptionMDP) -> pd.DataFrame:
 
 
 def returns(trajectories: Trajectories) -> Float[Tensor, "traj turn"]:
-    """Discounted reward from each turn on."""
+    """Discounted reward from each turn on, the G of every equation here.
+
+    >>> trajectories = enumerate_trajectories(kitchen())
+    >>> returns(trajectories)[0]  # the shortest way: grab, put
+    tensor([0.9600, 0.9800, 0.0000, 0.0000], dtype=torch.float64)
+    """
     reward = trajectories.grid.reward
     return reverse_scan(reward, torch.full_like(reward, trajectories.mdp.gamma))
-
-
-def _statistics(trajectories: Trajectories, mean: Tensor, variance: Tensor) -> GradientStatistics:
-    true = trajectories.gradient
-    blocks = [x.sum().item() for x in _levels(trajectories.mdp, variance)]
-    return GradientStatistics(
-        bias=(mean - true).abs().max().item(),
-        relative_bias=((mean - true).norm() / true.norm()).item(),
-        cosine=(mean @ true / (mean.norm() * true.norm())).item(),
-        trace=sum(blocks),
-        switch=blocks[0],
-        subgoal=blocks[1],
-        action=blocks[2],
-        mean=mean,
-        variance=variance,
-    )
-
-
-def _levels(mdp: OptionMDP, x: Float[Tensor, "*batch parameter"]) -> tuple[Tensor, ...]:
-    """The parameters of switch, subgoal and action."""
-    return x.split([getattr(mdp, name).numel() for name in LOGITS], -1)
 
 
 class KitchenEnv:
@@ -600,6 +616,27 @@ class KitchenEnv:
     def _look(self) -> str:
         state, turn = self._state
         return f"{self.PLACES[state]} {self.mdp.horizon - turn} turns left."
+
+
+def _statistics(trajectories: Trajectories, mean: Tensor, variance: Tensor) -> GradientStatistics:
+    true = trajectories.gradient
+    blocks = [x.sum().item() for x in _levels(trajectories.mdp, variance)]
+    return GradientStatistics(
+        bias=(mean - true).abs().max().item(),
+        relative_bias=((mean - true).norm() / true.norm()).item(),
+        cosine=(mean @ true / (mean.norm() * true.norm())).item(),
+        trace=sum(blocks),
+        switch=blocks[0],
+        subgoal=blocks[1],
+        action=blocks[2],
+        mean=mean,
+        variance=variance,
+    )
+
+
+def _levels(mdp: OptionMDP, x: Float[Tensor, "*batch parameter"]) -> tuple[Tensor, ...]:
+    """The parameters of switch, subgoal and action."""
+    return x.split([getattr(mdp, name).numel() for name in LOGITS], -1)
 
 
 def _variance(trajectories: Trajectories, x: Tensor, *given: Tensor) -> Tensor:
