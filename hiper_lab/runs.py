@@ -259,8 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         for path in args.notebooks:
             try:
                 refresh(path)
-            except (OSError, nbformat.reader.NotJSONError, CellExecutionError, DeadKernelError) as e:
-                print(f"error: {path} is as it was: {e}", file=sys.stderr)
+            except (OSError, ValueError, CellExecutionError, DeadKernelError) as error:
+                print(f"error: {path} is as it was: {error}", file=sys.stderr)
                 return 1
             print(f"refreshed {path}")
         return 0
