@@ -31,7 +31,7 @@ from hiper_lab.grid import (
     numbers,
     pick,
 )
-from hiper_lab.scan import reverse_scan
+from hiper_lab.scan import choose_method, reverse_scan
 
 Level = Literal["high", "low", "switch"]
 LEVELS = ("high", "low", "switch")
@@ -146,6 +146,8 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         Sutton, Precup & Singh 1999 (options). Indices follow HiPER: rₜ follows aₜ.
     """
     real, last, crossing = layout(grid, values)
+    if choose_method(real.shape, real.device, numbers(grid.reward).dtype) == "triton":
+        return _hae_on_gpu(grid, values, config)
     inside, boundary = real & ~last & ~crossing, real & grid.boundary
     reward = torch.where(real, numbers(grid.reward), 0)
     v_high, v_low, v_switch, _ = map(numbers, values)
@@ -282,6 +284,31 @@ def explain(
     table = pd.DataFrame(rows, columns=["term", "kind", "turn", "coefficient", "value"])
     table["turn"] = table["turn"].astype("Int64")
     return table.assign(contribution=table["coefficient"] * table["value"])
+
+
+def per_token(
+    credit: Credit, cell: tuple[Tensor, Tensor], level: Int[Tensor, "row token"]
+) -> Float[Tensor, "row token"]:
+    """Spread credit over tokens: each takes the advantage of its level in its turn, in float32.
+
+    Args:
+        credit: Of all turns.
+        cell: Trajectory and turn of each row, as `table_to_grid` returns them.
+        level: Of each token, 0 to 2 in the order of `LEVELS`; 3 for those that were no decision.
+
+    Example:
+        >>> zero = torch.zeros(1, 1)
+        >>> credit = Credit(zero + 5, zero + 7, zero + 9, zero, zero, zero)
+        >>> per_token(credit, (torch.tensor([0]), torch.tensor([0])), torch.tensor([[2, 3, 0, 1]]))
+        tensor([[9., 0., 5., 7.]])
+    """
+    choices = torch.stack([getattr(credit, name)[cell] for name in LEVELS], 1)
+    choices = torch.cat([choices, torch.zeros_like(choices[:, :1])], 1).float()
+    out = torch.empty(level.shape, device=level.device)
+    parts = zip(out.split(256), choices.split(256), level.split(256), strict=True)
+    for part, chosen, tokens in parts:
+        torch.gather(chosen, 1, tokens.long(), out=part)  # in parts: indices are 64-bit
+    return out
 
 
 def segment_index(boundary: Bool[Tensor, "traj turn"]) -> Int[Tensor, "traj turn"]:
@@ -540,6 +567,19 @@ def _hashable(x: object) -> Hashable:
     return (
         None if pd.api.types.is_scalar(x) and pd.isna(x) else tuple(x) if isinstance(x, list) else x
     )
+
+
+def _hae_on_gpu(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
+    """`hae` in one launch."""
+    from hiper_lab import scan_triton  # needs a GPU: never import it without
+
+    fields = scan_triton.hae(
+        numbers(grid.reward), grid.boundary, grid.terminated, grid.length, *map(numbers, values),
+        gamma=config.gamma, lam_low=config.lam_low, lam_high=config.lam_high,
+        lam_boundary=config.lam_boundary, truncation=config.truncation,
+        value_form=config.switch_advantage == "value",
+    )  # fmt: skip
+    return Credit(*fields)
 
 
 def _estimator(config: CreditConfig) -> Callable[[TurnGrid, Values, CreditConfig], Credit]:
