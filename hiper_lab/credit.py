@@ -377,7 +377,7 @@ def explain_table(
 ) -> pd.DataFrame:
     """`explain` for one row of a table as `credit_table` takes it, ``traj`` by its name there."""
     grid, values, _ = table_to_grid(turns, config)
-    names = list(dict.fromkeys(turns["traj"]))
+    _, names = _numbered(turns["traj"])
     if traj not in names:
         raise ValueError(f"traj is {traj!r}, expected one of the {len(names)} in the table")
     return explain(grid, values, config, names.index(traj), turn, level)
@@ -396,7 +396,7 @@ def table_to_grid(
     needed = [*COLUMNS, *_columns_read(config)]
     if missing := [name for name in needed if name not in turns]:
         raise ValueError(f"turns has no column {missing}, expected {needed}")
-    traj, names = pd.factorize(turns["traj"])
+    traj, names = _numbered(turns["traj"])
     if turns.empty or traj.min() < 0:
         raise ValueError("turns has no rows or rows without traj, expected one per turn")
     turn, length = _floats(turns, "turn"), np.bincount(traj)
@@ -440,6 +440,9 @@ def table_to_grid(
         group = _groups(turns, names, traj)
         if config.estimator == "gigpo":
             seen = [_hashable(x) for x in turns["state"]]
+            if None in seen:
+                where = turns.index[seen.index(None)]
+                raise ValueError(f"state is None at index {where!r}, expected what the turn saw")
             state = flat.anchor_states(seen, group[traj].tolist(), config.anchor_similarity)
             state = torch.from_numpy(grid(np.array(state)))
         group = torch.from_numpy(group)
@@ -487,7 +490,7 @@ def _is_gapless(traj: np.ndarray, turn: np.ndarray, length: np.ndarray) -> bool:
     return bool((np.bincount(place, minlength=len(turn)) == 1).all())
 
 
-def _first_gap(names: pd.Index, traj: np.ndarray, turn: np.ndarray) -> str:
+def _first_gap(names: list[Hashable], traj: np.ndarray, turn: np.ndarray) -> str:
     """What is wrong with the first turn that is not where it should be."""
     order = np.lexsort((turn, traj))
     traj, turn = traj[order], turn[order]
@@ -506,9 +509,9 @@ def _earliest(traj: np.ndarray, turn: np.ndarray, wrong: np.ndarray) -> int:
     return int(rows[np.lexsort((turn[rows], traj[rows]))[0]])
 
 
-def _groups(turns: pd.DataFrame, names: pd.Index, traj: np.ndarray) -> np.ndarray:
+def _groups(turns: pd.DataFrame, names: list[Hashable], traj: np.ndarray) -> np.ndarray:
     """One number per trajectory; no trajectory in two groups or alone in its group."""
-    code, groups = pd.factorize(turns["group"])
+    code, groups = _numbered(turns["group"])
     group = np.full(len(names), -1)
     group[traj] = code
     if (wrong := (group[traj] != code) | (code < 0)).any():
@@ -524,6 +527,12 @@ def _groups(turns: pd.DataFrame, names: pd.Index, traj: np.ndarray) -> np.ndarra
             "least two trajectories of each task instance to compare"
         )
     return group
+
+
+def _numbered(column: pd.Series) -> tuple[np.ndarray, list[Hashable]]:
+    """A number for each different entry, in order of appearance; -1 for a missing one."""
+    code, different = pd.factorize(column)
+    return code, different.tolist()
 
 
 def _floats(turns: pd.DataFrame, name: str, optional: bool = False) -> np.ndarray:
@@ -552,7 +561,7 @@ def _subgoals(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """A number for each different subgoal, and where there is none."""
     if pd.api.types.infer_dtype(column, skipna=True) not in ("string", "empty"):
         column = pd.Series([_hashable(x) for x in column], dtype=object)
-    code, different = pd.factorize(column, use_na_sentinel=True)
+    code, different = _numbered(column)
     empty = [i for i, x in enumerate(different) if x == "" or x == ()]
     code[np.isin(code, empty)] = -1
     return code, code == -1
