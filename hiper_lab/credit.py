@@ -10,7 +10,6 @@ Left out on purpose: tokens (a token takes the credit of its role in its turn) a
 """
 
 from collections.abc import Callable, Hashable
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -33,7 +32,6 @@ from hiper_lab.grid import (
 )
 from hiper_lab.scan import choose_method, reverse_scan
 
-Level = Literal["high", "low", "switch"]
 LEVELS = ("high", "low", "switch")
 
 
@@ -206,7 +204,7 @@ def whiten(credit: Credit, grid: TurnGrid) -> Credit:
 
 @torch.no_grad()
 def explain(
-    grid: TurnGrid, values: Values, config: CreditConfig, traj: int, turn: int, level: Level
+    grid: TurnGrid, values: Values, config: CreditConfig, traj: int, turn: int, level: str
 ) -> pd.DataFrame:
     """Take one advantage of `estimate` apart: the terms whose sum it is.
 
@@ -373,7 +371,7 @@ def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
 
 
 def explain_table(
-    turns: pd.DataFrame, config: CreditConfig, traj: Hashable, turn: int, level: Level
+    turns: pd.DataFrame, config: CreditConfig, traj: Hashable, turn: int, level: str
 ) -> pd.DataFrame:
     """`explain` for one row of a table as `credit_table` takes it, ``traj`` by its name there."""
     grid, values, _ = table_to_grid(turns, config)
@@ -595,13 +593,13 @@ def _estimator(config: CreditConfig) -> Callable[[TurnGrid, Values, CreditConfig
     return hae if config.estimator == "hae" else getattr(flat, config.estimator)
 
 
-def _decisions(grid: TurnGrid, level: Level) -> Bool[Tensor, "traj turn"]:
+def _decisions(grid: TurnGrid, level: str) -> Bool[Tensor, "traj turn"]:
     """Where something was decided at this level."""
     real, _, _ = layout(grid)
     return real & grid.boundary if level == "high" else real
 
 
-def _moments(credit: Credit, grid: TurnGrid, level: Level) -> tuple[Tensor, Tensor]:
+def _moments(credit: Credit, grid: TurnGrid, level: str) -> tuple[Tensor, Tensor]:
     """What `whiten` subtracts and divides by; 0 and 1 where nothing is counted."""
     counted = _decisions(grid, level)
     if level == "high":
