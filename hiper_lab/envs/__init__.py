@@ -1,4 +1,6 @@
 """Text environments with one Gymnasium-style interface; import the module you need.
 
 ``household`` plays ALFWorld game files in pure Python, ``games`` generates such games.
+``webshop`` is WebShop's text environment in a ``shop``, made of WebShop's files or a generated
+``catalogue``; ``shopper`` is an expert for it.
 """

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hiper_lab.envs.shop import Goal, Product, Shop, embedded_shop
+from hiper_lab.protocol import SEPARATOR
 
 PER_PAGE = 10
-SEPARATOR = " [SEP] "
 SUB_PAGES = ("description", "features", "reviews")
 REWARDS = ("score", "success")
 OBSERVATIONS = ("text", "text_rich")
