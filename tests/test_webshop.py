@@ -543,6 +543,8 @@ def test_a_live_environment_takes_less_than_a_megabyte():
         ("products", {"a": 1}, "products.json: saw a dict, expected a list of products"),
         ("instructions", [], "instructions.json: saw a list, expected a dict by asin"),
         ("products", [], "products.json: no product"),
+        ("products", [LAMP | {"name": "the", "full_description": "", "small_description": [],
+                              "customization_options": ""}], "no word to search for"),
         ("products", [5], "products.json: product 0: saw a int, expected a dict with 'asin'"),
         ("products", [{"name": "x"}], "products.json: product 0: no 'asin'"),
         ("products", [LAMP, {k: v for k, v in MUG.items() if k != "full_description"}],

@@ -127,7 +127,7 @@ class Shop:
         seed: int = 0,
         held_out: Collection[str] = (),
         search: Callable[[str], Sequence[str]] | None = None,
-        nouns: "Callable[[str], list[str]] | None" = None,
+        nouns: Callable[[str], list[str]] | None = None,
         sources: tuple[str, str, str] = ("products", "instructions", "human instructions"),
     ):
         self.products = _products(products, instructions, sources)
@@ -282,6 +282,9 @@ def bm25_search(products: Sequence[Product]) -> Callable[[str], tuple[str, ...]]
 
     BM25 with Lucene's formula, k1 = 0.9 and b = 0.4, Porter's stemmer, over title, description,
     first bullet and options.
+
+    Raises:
+        ValueError: If there is nothing to search for.
     """
     texts = [
         " ".join((
@@ -294,8 +297,11 @@ def bm25_search(products: Sequence[Product]) -> Callable[[str], tuple[str, ...]]
         bm25s.tokenize, stopwords=STOP_WORDS, stemmer=Stemmer.Stemmer("porter"),
         token_pattern=r"(?u)\d+(?:[.,]\d+)+|\w+(?:['’.]\w+)*", show_progress=False,
     )  # fmt: skip
+    corpus = tokenize(texts)
+    if not any(corpus.ids):
+        raise ValueError("products: no word to search for in any title, description or option")
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    index.index(tokenize(texts), show_progress=False)
+    index.index(corpus, show_progress=False)
     asins = [p.asin for p in products]
 
     def search(keywords: str) -> tuple[str, ...]:
