@@ -302,15 +302,17 @@ def bm25_search(products: Sequence[Product]) -> Callable[[str], tuple[str, ...]]
         raise ValueError("products: no word to search for in any title, description or option")
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     index.index(corpus, show_progress=False)
-    asins = [p.asin for p in products]
+    asins, terms = [p.asin for p in products], len(index.scores["indptr"]) - 1
 
     def search(keywords: str) -> tuple[str, ...]:
         # (a lone surrogate cannot be handed to the stemmer)
         text = keywords.encode("utf-8", "ignore").decode()
         (tokens,) = tokenize([text], return_ids=False)
-        if not tokens:
+        # (bm25s knows the empty token, the stem of "s", also where no product has it)
+        known = [i for i in index.get_tokens_ids(tokens) if i < terms]
+        if not known:
             return ()
-        scores = index.get_scores(tokens)
+        scores = index.get_scores_from_ids(known)
         best = np.argsort(-scores, kind="stable")[:HITS]
         return tuple(asins[i] for i in best if scores[i] > 0)
 
