@@ -19,6 +19,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from hiper_lab import objective, trajectory
 from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
+from hiper_lab.envs.shop import Shop, embedded_shop
+from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
 from hiper_lab.policy import CRITICS, LEVELS, Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
@@ -205,8 +208,8 @@ def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[
     """``count`` environments of a split and their names, from number ``start`` of an endless list.
 
     Raises:
-        FileNotFoundError: If the game files of ``alfworld`` are not there.
-        ValueError: If the environment is not available in this version.
+        FileNotFoundError: If the files of ``alfworld`` or ``webshop`` are not there.
+        ValueError: If they are broken, or have no such split.
     """
     tasks = config.env_tasks or TASK_TYPES
     if config.env == "household":
@@ -221,9 +224,13 @@ def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[
         chosen = [paths[k % len(paths)] for k in range(start, start + count)]
         games, names = [load_game(path) for path in chosen], [str(p.parent.name) for p in chosen]
     else:
-        raise ValueError(
-            "env 'webshop' is not part of this version; expected household or alfworld"
-        )
+        shop = _shop(config.env_path)
+        goals = shop.splits.get(split)
+        if not goals:
+            raise ValueError(f"no goals in split {split!r}, expected one of {sorted(shop.splits)}")
+        chosen = [goals[k % len(goals)] for k in range(start, start + count)]
+        envs = [WebShopEnv(shop, config.max_turns, goal=k, reward="success") for k in chosen]
+        return envs, [f"{split}/{k}" for k in chosen]
     return [HouseholdEnv(game, config.max_turns) for game in games], names
 
 
@@ -240,6 +247,28 @@ def _alfworld_games(env_path: str, split: str, tasks: tuple[str, ...]) -> list[P
     if not paths:
         raise FileNotFoundError(f"no playable game of {tasks} under {folder}")
     return paths
+
+
+@lru_cache(maxsize=1)
+def _shop(env_path: str) -> Shop:
+    """The embedded shop, or the one of WebShop's files in a folder: its small set, if it is there.
+
+    Purchase prices are drawn with seed 0, so that they are the same in every run.
+    """
+    if not env_path:
+        return embedded_shop()
+    files = []
+    for name in ("items_shuffle", "items_ins_v2"):
+        found = sorted(Path(env_path).expanduser().glob(f"{name}*.json*"))
+        small = [file for file in found if "_1000." in file.name]
+        if not found:
+            raise FileNotFoundError(
+                f"no {name}*.json in {env_path!r}: expected a folder with WebShop's files "
+                "items_shuffle_1000.json and items_ins_v2_1000.json, plain or gzipped; "
+                "env_path '' is the embedded shop"
+            )
+        files.append((small or found)[0])
+    return Shop.from_files(*files)
 
 
 # ------------------------------------------------------------------------------------- the trainer

@@ -7,7 +7,7 @@ import pytest
 
 LAYERS = """
     scan grid flat credit protocol trajectory
-    envs envs.household envs.games envs.probes
+    envs envs.household envs.games envs.catalogue envs.shop envs.webshop envs.shopper envs.probes
     policy sampling rollout objective train warmstart
     stats figures widgets runs
 """.split()

@@ -188,8 +188,8 @@ def test_parameters_are_strict():
 def test_worlds_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="alfworld-download"):
         next(train.train(small(env="alfworld", env_path=str(tmp_path))))
-    with pytest.raises(ValueError, match="webshop"):
-        next(train.train(small(env="webshop")))
+    with pytest.raises(FileNotFoundError, match="items_shuffle"):
+        next(train.train(small(env="webshop", env_path=str(tmp_path))))
 
 
 def test_official_game_folders_are_played(tmp_path):

@@ -1,5 +1,7 @@
 """Text environments with one Gymnasium-style interface; import the module you need.
 
-``household`` plays ALFWorld game files in pure Python, ``games`` generates such games;
+``household`` plays ALFWorld game files in pure Python, ``games`` generates such games.
+``webshop`` is WebShop's text environment in a ``shop``, made of WebShop's files or a generated
+``catalogue``; ``shopper`` is an expert for it.
 ``probes`` are tiny decision processes on which every number of the theory is exact.
 """
