@@ -33,6 +33,7 @@ from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
 from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
+from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
 from hiper_lab.policy import CRITICS, LEVELS, Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
@@ -54,7 +55,8 @@ class TrainConfig:
     env: str = "household"
     """``household`` (generated games), ``alfworld`` (a folder of game files), ``webshop``."""
     env_path: str = ""
-    """Folder of ALFWorld's json_2.1.1 games (or of WebShop's files); empty: $ALFWORLD_DATA."""
+    """Folder of ALFWorld's json_2.1.1 games (empty: $ALFWORLD_DATA), or of WebShop's files (empty:
+    the embedded shop)."""
     env_size: str = "small"
     """Size of generated household games: small, medium or full."""
     env_tasks: tuple[str, ...] = ()
@@ -74,7 +76,9 @@ class TrainConfig:
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
-    """Episodes per iteration, each in a game of its own."""
+    """Episodes per iteration."""
+    group_size: int = 1
+    """Episodes per game; estimators that compare episodes of a game (grpo, …) need at least 2."""
     warmup_iterations: int = 3
     """First iterations that train only the critic."""
     lr: float = 7e-4
@@ -127,6 +131,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
         least = {"iterations": 0, "episodes": 1, "max_turns": 1, "epochs": 1, "minibatch_turns": 1,
+                 "group_size": 2 if self.credit.estimator in GROUP_RELATIVE else 1,
                  "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1,
                  "eval_games": 0,
                  "eval_every": 0, "warmup_iterations": 0, "critic_epochs": self.epochs,
@@ -134,6 +139,10 @@ class TrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        if self.episodes % self.group_size:
+            raise ValueError(
+                f"episodes is {self.episodes}, expected a multiple of group_size {self.group_size}"
+            )
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any]) -> "TrainConfig":
@@ -204,31 +213,36 @@ def _nearest(name: str) -> str:
 # ------------------------------------------------------------------------------------------ worlds
 
 
-def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[list, list[str]]:
+def make_envs(
+    config: TrainConfig, split: str, start: int, count: int, copies: int = 1
+) -> tuple[list, list[str]]:
     """``count`` environments of a split and their names, from number ``start`` of an endless list.
+
+    Each game comes ``copies`` times in a row.
 
     Raises:
         FileNotFoundError: If the files of ``alfworld`` or ``webshop`` are not there.
         ValueError: If they are broken, or have no such split.
     """
     tasks = config.env_tasks or TASK_TYPES
+    numbers = [start + k // copies for k in range(count)]
     if config.env == "household":
         games = [
             generate_game(k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)])
-            for k in range(start, start + count)
+            for k in numbers
         ]
-        names = [f"{split}/{config.env_size}/{k}" for k in range(start, start + count)]
+        names = [f"{split}/{config.env_size}/{k}" for k in numbers]
     elif config.env == "alfworld":
         folder = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}[split]
         paths = _alfworld_games(config.env_path, folder, tasks)
-        chosen = [paths[k % len(paths)] for k in range(start, start + count)]
+        chosen = [paths[k % len(paths)] for k in numbers]
         games, names = [load_game(path) for path in chosen], [str(p.parent.name) for p in chosen]
     else:
         shop = _shop(config.env_path)
         goals = shop.splits.get(split)
         if not goals:
             raise ValueError(f"no goals in split {split!r}, expected one of {sorted(shop.splits)}")
-        chosen = [goals[k % len(goals)] for k in range(start, start + count)]
+        chosen = [goals[k % len(goals)] for k in numbers]
         envs = [WebShopEnv(shop, config.max_turns, goal=k, reward="success") for k in chosen]
         return envs, [f"{split}/{k}" for k in chosen]
     return [HouseholdEnv(game, config.max_turns) for game in games], names
@@ -372,7 +386,8 @@ def step(state: State) -> StepReport:
     """One iteration: collect, credit, update. The whole method, in the order of the paper."""
     config, policy, codec = state.config, state.policy, state.codec
     started = time.perf_counter()
-    envs, names = make_envs(config, "train", state.iteration * config.episodes, config.episodes)
+    first = state.iteration * (config.episodes // config.group_size)
+    envs, names = make_envs(config, "train", first, config.episodes, config.group_size)
     seeds = [config.seed + i for i in range(config.episodes)]
     generator = _generator(config, state.iteration, "collect", policy.device)
     sampler = hf_sampler(policy, config.rollout.temperature, generator)
