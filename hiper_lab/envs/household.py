@@ -15,22 +15,23 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-GOAL_PREDICATES = {  # what the PDDL goal speaks of, beside types
-    "pick_and_place_simple": {"inreceptacle"},
-    "look_at_obj_in_light": {"inreceptacle", "toggleable", "istoggled", "holds", "atlocation",
-                             "receptacleatlocation"},
-    "pick_clean_then_place_in_recep": {"inreceptacle", "cleanable", "isclean"},
-    "pick_heat_then_place_in_recep": {"inreceptacle", "heatable", "ishot"},
-    "pick_cool_then_place_in_recep": {"inreceptacle", "coolable", "iscool"},
-    "pick_two_obj_and_place": {"inreceptacle", "not", "="},
-}
 TREATMENTS = {  # verb: (type of the appliance, trait the object needs, mark that it gets)
     "clean": ("sinkbasin", "cleanable", "isclean"),
     "cool": ("fridge", "coolable", "iscool"),
     "heat": ("microwave", "heatable", "ishot"),
+}
+TASKS = {  # ALFWorld's six types of task: (treatment, how many objects)
+    "pick_and_place_simple": ("", 1), "look_at_obj_in_light": ("", 1),
+    "pick_clean_then_place_in_recep": ("clean", 1), "pick_heat_then_place_in_recep": ("heat", 1),
+    "pick_cool_then_place_in_recep": ("cool", 1), "pick_two_obj_and_place": ("", 2),
+}
+LONG_TASKS = {"pick_three_obj_and_place": ("", 3)} | {  # ours, in the same language of goals
+    f"pick_{verb}_{number}_then_place_in_recep": (verb, count)
+    for count, number in ((2, "two"), (3, "three")) for verb in TREATMENTS
 }
 EFFECTS = {  # verb: (mark gained, mark lost)
     "open": ("opened", ""), "close": ("", "opened"), "use": ("istoggled", ""),
@@ -45,6 +46,8 @@ SENTENCES = {  # with the names of what the command is about and, {2}, how the f
     "clean": "You clean the {0} using the {1}.", "cool": "You cool the {0} using the {1}.",
     "heat": "You heat the {0} using the {1}.",
 }
+LIGHT_PREDICATES = {"objecttype", "toggleable", "istoggled", "receptacleatlocation", "atlocation",
+                    "inreceptacle", "holds"}
 TRAITS = ("openable", "pickupable", "toggleable", "sliceable", "isreceptacleobject",
           "cleanable", "coolable", "heatable")
 KNIVES = ("knife", "butterknife")
@@ -356,20 +359,36 @@ def find_games(folder: str | Path) -> list[Path]:
 
 
 def _goal(text: str) -> Goal:
-    """Recognise one of the six goals by its predicates and types."""
+    """Recognise the goal of a task in TASKS or LONG_TASKS by its predicates and types."""
+    def pairs(predicate: str) -> list[tuple[str, str]]:
+        return re.findall(rf"\({predicate} (\?\w+) ([?\w]+)\)", text)
+
     predicates = set(re.findall(r"\(([a-z]+|=)", text)) - {"and", "exists"}
-    objects = dict(re.findall(r"\(objecttype (\?\w+) (\w+)type\)", text))
-    lamps = [objects.pop(variable, "") for variable in re.findall(r"\(istoggled (\?\w+)\)", text)]
-    places = re.findall(r"\(receptacletype \?\w+ (\w+)type\)", text)
-    for task_type, needed in GOAL_PREDICATES.items():
-        kinds = [sorted(set(kind)) for kind in (objects.values(), places, lamps)]
-        light = "istoggled" in needed
-        if (predicates - {"objecttype", "receptacletype"} == needed
-                and [len(kind) for kind in kinds] == [1, not light, light]):
-            treatment = next((verb for verb in TREATMENTS if TREATMENTS[verb][2] in needed), "")
-            wanted, place, lamp = (kind[0] if kind else "" for kind in kinds)
-            return Goal(task_type, wanted, place, lamp, treatment, 2 if "=" in needed else 1)
-    raise ValueError(f"a goal with {sorted(predicates)} about {sorted(objects.values())}")
+    wanted = {variable: _type(kind) for variable, kind in pairs("objecttype")}
+    places = {variable: _type(kind) for variable, kind in pairs("receptacletype")}
+    lamps = [wanted.pop(variable, "") for variable in re.findall(r"\(istoggled (\?\w+)\)", text)]
+    what, count = "".join(set(wanted.values())), len(wanted)
+    if lamps:
+        known = LIGHT_PREDICATES == predicates and len(lamps) == count == 1 and not places
+        if known and what and lamps[0]:
+            return Goal("look_at_obj_in_light", what, "", lamps[0], "", 1)
+    elif len(set(wanted.values())) == len(places) == 1:
+        (place, receptacle), = places.items()
+        treatment = next((t for t in TREATMENTS if TREATMENTS[t][2] in predicates), "")
+        each = TREATMENTS[treatment][1:] if treatment else ()
+        known = {"objecttype", "receptacletype", "inreceptacle", *each}
+        known |= {"not", "="} if count > 1 else set()
+        # every one of them treated, in the same place, and different from every other one
+        alike = all(set(re.findall(rf"\({p} (\?\w+)\)", text)) == set(wanted) for p in each)
+        together = set(pairs("inreceptacle")) == {(variable, place) for variable in wanted}
+        different = pairs(r"not \(=")
+        task_type = next((name for name, task in (TASKS | LONG_TASKS).items()
+                          if task == (treatment, count)), "")
+        if (task_type and predicates == known and alike and together
+                and sorted(map(sorted, different)) == sorted(map(sorted, combinations(wanted, 2)))
+                and text.count("(not") == len(different)):
+            return Goal(task_type, what, receptacle, "", treatment, count)
+    raise ValueError(f"a goal with {sorted(predicates)} about {sorted(wanted.values())}")
 
 
 def _type(word: str) -> str:
