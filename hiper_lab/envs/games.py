@@ -11,9 +11,12 @@ are not comparable with published ALFWorld results.
 Source: types, affordances, goals and wording of ALFWorld (arXiv:2010.03768; MIT).
 """
 
+import json
 import random
 import re
+from collections.abc import Iterable
 from itertools import permutations, product
+from pathlib import Path
 from typing import NamedTuple
 
 from hiper_lab.envs.household import (
@@ -24,13 +27,16 @@ from hiper_lab.envs.household import (
     HouseholdEnv,
     World,
 )
+from hiper_lab.trajectory import write_atomic
 
 TASK_TYPES = tuple(TASKS)
 LONG_TASK_TYPES = tuple(LONG_TASKS)
 SPLITS = ("train", "seen", "unseen")
+OFFICIAL_SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
 SIZES = ("small", "medium", "full")
 PLAN_TURNS = range(4, 11)  # the walkthrough is this long, unless another range is asked for
 HORIZONS = {"short": range(4, 7), "middle": range(7, 11), "long": range(11, 21)}
+TEXTS = Path(__file__).parent / "alfworld_texts"  # MIT, from the package alfworld
 DRAWS = 2_000  # of a room and its objects, until one has a plan of the length asked for
 
 # Which objects a receptacle can hold.
@@ -311,6 +317,66 @@ def _wins(world: World, plan: list[str]) -> bool:
             return False
         info = env.step(command)[-1]
     return info["won"]
+
+
+def complete_game(game: dict) -> dict:
+    """The game with what only the genuine engine reads: ALFWorld's domain and its whole grammar.
+
+    A game that has a domain is returned as it is. The texts are ALFWorld's, see their LICENSE.
+    """
+    if game.get("pddl_domain"):
+        return game
+    task = World.from_game(game).task.removesuffix(".")
+    grammar = (TEXTS / "alfred.twl2").read_text(encoding="utf-8").replace("UNKNOWN GOAL", task)
+    return {**game, "grammar": grammar,
+            "pddl_domain": (TEXTS / "alfred.pddl").read_text(encoding="utf-8")}
+
+
+def write_games(folder: str | Path, games: Iterable[dict]) -> list[Path]:
+    """Write generated games in the form of ALFWorld's own data, for its engine and any tool of it.
+
+    ``folder`` may then be ALFWORLD_DATA. A game becomes
+    ``json_2.1.1/SPLIT/TASK-OBJECT-None-PLACE-ROOM/TRIAL/game.tw-pddl`` with a traj_data.json beside
+    it; the splits are called train, valid_seen and valid_unseen. ALFWorld's own loader skips
+    LONG_TASK_TYPES, which it does not know.
+
+    Returns:
+        The path of each game.tw-pddl.
+
+    Raises:
+        ValueError: If a game was not made by :func:`generate_game`, or another one is there already.
+    """
+    written = []
+    for game in games:
+        if not isinstance(game, dict) or not isinstance(game.get("meta"), dict):
+            seen = sorted(game) if isinstance(game, dict) else type(game).__name__
+            raise ValueError(f"game: saw {seen}, expected one of generate_game, with 'meta'")
+        meta, goal = game["meta"], World.from_game(game).goal
+        spelled = {kind.lower(): kind for kind in
+                   re.findall(r"(\w+)Type - [or]type", game["pddl_problem"])}
+        target, place, lamp = (spelled.get(kind, "") for kind in
+                               (goal.object, goal.receptacle, goal.lamp))
+        trial = f"trial_G{meta['room']:03d}_{meta['size']}_{meta['seed']:06d}"
+        path = (Path(folder) / "json_2.1.1" / OFFICIAL_SPLITS[meta["split"]]
+                / f"{goal.task_type}-{target}-None-{place or lamp}-{meta['room']}" / trial)
+        texts = {
+            "game.tw-pddl": complete_game(game),
+            "traj_data.json": {
+                "task_id": trial, "task_type": goal.task_type,
+                "pddl_params": {"object_target": target, "parent_target": place,
+                                "toggle_target": lamp, "mrecep_target": "",
+                                "object_sliced": False},
+                "scene": {"floor_plan": f"FloorPlan{meta['room']}", "scene_num": meta["room"]},
+                "turk_annotations": {"anns": []},
+            },
+        }
+        for name, content in reversed(texts.items()):  # the game last: it says that all is there
+            data = json.dumps(content, indent=1).encode()
+            if (path / name).exists() and (path / name).read_bytes() != data:
+                raise ValueError(f"{path / name}: saw another game, expected an empty folder")
+            write_atomic(path / name, data)
+        written.append(path / "game.tw-pddl")
+    return written
 
 
 def _rooms(task_type: str) -> tuple[str, ...]:

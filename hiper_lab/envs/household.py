@@ -105,6 +105,7 @@ class World:
     receptacles: tuple[str, ...]  # ascending ids, the engine's order
     points: dict[str, str]  # receptacle -> where one stands to use it
     served: dict[str, tuple[str, ...]]  # the reverse: point -> receptacles
+    within: dict[str, tuple[str, ...]]  # object -> objects inside it, which can't be reached
     traits: dict[str, frozenset[str]]  # one of TRAITS -> ids
     fits: frozenset[tuple[str, str]]  # (receptacle type, object type)
     start: State
@@ -139,19 +140,27 @@ class World:
             for receptacle in receptacles:
                 served[points[receptacle]] += (receptacle,)
             (_, start), = facts["atlocation"]
-            if unknown := {i for pair in facts["inreceptacle"] for i in pair} - set(types):
+            holders = facts["inreceptacle"] + facts["inreceptacleobject"]
+            if unknown := {i for pair in holders for i in pair} - set(types):
                 raise ValueError(f"no type for {sorted(unknown)}")
+            for i, r in facts["inreceptacle"]:
+                if i in points or r not in points:
+                    raise ValueError(f"(inreceptacle {i} {r}), which is no object in a receptacle")
+            within = defaultdict(tuple)
+            for i, o in sorted(facts["inreceptacleobject"]):
+                within[o] += (i,)
+                _check_no_cycle(i, dict(facts["inreceptacleobject"]))
             return cls(
                 task[1], _goal(sections[2]), _names(types), types, receptacles, points,
-                served=dict(served),
+                served=dict(served), within=dict(within),
                 traits={trait: frozenset(i for i, in facts[trait]) for trait in TRAITS},
                 fits=frozenset((_type(r), _type(o)) for r, o in facts["cancontain"]),
                 start=State(0, start, "", frozenset(facts["inreceptacle"]), frozenset(
                     (mark, i) for mark, _ in EFFECTS.values() for i, in facts[mark])))
         except (ValueError, KeyError) as error:
             raise ValueError(f"pddl_problem: saw {error}; expected one atLocation, a type for what "
-                             "is inReceptacle, a receptacleAtLocation for every receptacle, and "
-                             "one of ALFWorld's six goals") from error
+                             "is inReceptacle, a receptacleAtLocation for every receptacle, nothing "
+                             "inside itself, and a goal of TASKS or LONG_TASKS") from error
 
 
 class HouseholdEnv:
@@ -186,7 +195,7 @@ class HouseholdEnv:
 
         Returns:
             The first observation and info: ``admissible`` (commands in the engine's order),
-            ``won`` and ``task`` (the sentence after "Your task is to: ").
+            ``won``, ``task`` (the sentence after "Your task is to: ") and ``task_type``.
         """
         info = self.restore(self.world.start)
         view, task = self._look(self.world.receptacles), f"Your task is to: {self.world.task}"
@@ -221,7 +230,8 @@ class HouseholdEnv:
         won = self._won()
         self._over = won or (self.max_turns is not None and state.turn >= self.max_turns)
         self._admissible = self._commands()
-        return {"admissible": sorted(self._admissible), "won": won, "task": self.world.task}
+        return {"admissible": sorted(self._admissible), "won": won, "task": self.world.task,
+                "task_type": self.world.goal.task_type}
 
     def _here(self) -> tuple[str, ...]:
         return self.world.served.get(self._state.point, ())
@@ -304,7 +314,8 @@ class HouseholdEnv:
             place = f"The {name} is open. In it" if i in traits["openable"] else f"On the {name}"
             return f"{place}, you see {_listing([self.world.names[o] for o in self._contents(i)])}."
         if i in traits["isreceptacleobject"]:
-            return f"This is a normal {name}. In it, you see nothing."
+            inner = [self.world.names[o] for o in self.world.within.get(i, ())]
+            return f"This is a normal {name}. In it, you see {_listing(inner)}."
         sliced = ("issliced", i) in marks
         treated = [word for word in ("hot", "cool", "clean") if ("is" + word, i) in marks]
         if treated:
@@ -327,18 +338,18 @@ class HouseholdEnv:
 
 
 def load_game(path: str | Path) -> dict:
-    """Read a game.tw-pddl file, or the one in a folder.
+    """Read a game.tw-pddl file, or the one in a folder, and check that it can be played.
 
     Raises:
-        ValueError: If there is no such file or it holds no JSON object.
+        ValueError: If there is no such file or it is broken; with the file, the key and what is
+            wrong with it.
     """
     file = Path(path) / "game.tw-pddl" if Path(path).is_dir() else Path(path)
+    game = _read(file)
     try:
-        game = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}; expected a game.tw-pddl file (JSON)") from error
-    if not isinstance(game, dict):
-        raise ValueError(f"{file}: saw a {type(game).__name__}, expected a JSON object")
+        World.from_game(game)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return game
 
 
@@ -355,7 +366,25 @@ def find_games(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder}: no such folder, expected one with game.tw-pddl files below it")
     return [file for file in sorted(folder.rglob("game.tw-pddl"))
             if not re.search("movable|Sliced", str(file.parent.relative_to(folder)))
-            and load_game(file).get("solvable")]
+            and _read(file).get("solvable")]
+
+
+def _read(file: Path) -> dict:
+    try:
+        game = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; expected a game.tw-pddl file (JSON)") from error
+    if not isinstance(game, dict):
+        raise ValueError(f"{file}: saw a {type(game).__name__}, expected a JSON object")
+    return game
+
+
+def _check_no_cycle(i: str, outer: dict[str, str]) -> None:
+    chain = [i]
+    while (i := outer.get(i, "")) and i not in chain:
+        chain.append(i)
+    if i:
+        raise ValueError(f"{' inside '.join([*chain, i])}, a cycle")
 
 
 def _goal(text: str) -> Goal:
