@@ -54,8 +54,9 @@ class AlfworldEnv:
             self._env = demangler(pddl(infos), shuffle=False)
             try:
                 self._env.load(complete_game(game))
-            except SystemExit as error:  # how the translator says that it does not understand
-                raise ValueError("the engine can't translate the game's PDDL") from error
+            except (Exception, SystemExit) as error:  # the translator exits where others raise
+                raise ValueError(f"game: the engine can't load it, {type(error).__name__}: {error}; "
+                                 "expected PDDL of ALFWorld's domain") from error  # fmt: skip
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
         """Start over; a game is one fixed task, so ``seed`` and ``options`` change nothing."""
