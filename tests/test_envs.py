@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -33,6 +34,14 @@ def webshop():
     return module.WebShopEnv()
 
 
+def express():
+    if not importlib.util.find_spec("textworld_express") or not shutil.which("java"):
+        pytest.skip("the extra 'express' or Java is not installed")
+    from hiper_lab.envs.express import ExpressEnv
+
+    return ExpressEnv("coin", parameters="numLocations=3", max_turns=20)
+
+
 def pooled():
     """Closed by nobody: the process has to end when the pool is forgotten, or with this one."""
     return EnvPool([partial(HouseholdEnv, generate_game(7))], workers=1).envs[0]
@@ -49,7 +58,7 @@ def corridor(root):
     return names["Corridor"]
 
 
-@pytest.mark.parametrize("make", [household, alfworld, webshop, pooled])
+@pytest.mark.parametrize("make", [household, alfworld, webshop, express, pooled])
 def test_every_environment_keeps_its_promises(make):
     env = make()
     for seed in range(3):

@@ -5,10 +5,10 @@ and official ones alike, at 15 to 60 steps a second: to train, use HouseholdEnv,
 same; ``tests/test_alfworld.py`` compares the two, step by step. For many games at once put it into a
 :class:`hiper_lab.envs.pool.EnvPool`.
 
-What the engine does to its host is undone: it overwrites ``sys.argv``, alfworld creates a folder in
-``~/.cache`` and sets ALFWORLD_DATA on import, and TextWorld leaks a 34 MB library per game. What it
-repeats is remembered: it parses the same grammar for every admissible command of every step, and
-translates the game twice for every reset, once for a planner that nobody asks.
+What the engine does to its host is undone: it overwrites ``sys.argv``; alfworld creates a folder in
+``~/.cache`` and sets ALFWORLD_DATA on import. What it repeats is remembered: it parses the same
+grammar for every admissible command of every step, translates the game twice for every reset, once
+for a planner that nobody asks, and loads a copy of a 34 MB library for every game, for ever.
 
 Left out on purpose: ALFWorld's experts, shuffled instance numbers, AlfredTWEnv (in its batches all
 games share one table of names, see :class:`AlfworldEnv`).
@@ -24,6 +24,8 @@ from functools import cache, lru_cache
 
 from hiper_lab.envs.games import complete_game
 from hiper_lab.envs.household import World
+
+_LIBRARIES: list = []  # loaded and free; to unload one would crash Python when it exits
 
 
 class AlfworldEnv:
@@ -92,16 +94,9 @@ class AlfworldEnv:
             info = self.step(text)[-1]
         return info
 
-    def close(self) -> None:
-        """Unload the engine's library; the environment can't be used afterwards."""
-        if env := self.__dict__.pop("_env", None):
-            import fast_downward
-
-            fast_downward.close_lib(env.unwrapped.downward_lib)
-
     def __del__(self):
-        if sys is not None and not sys.is_finalizing():
-            self.close()
+        if (env := self.__dict__.get("_env")) and _LIBRARIES is not None:  # None: Python is ending
+            _LIBRARIES.append(env.unwrapped.downward_lib)
 
     def _info(self, state) -> dict:
         won = bool(state["won"])
@@ -122,13 +117,18 @@ class AlfworldEnv:
                 self._translation = translate(domain, problem, verbose)
             return self._translation
 
-        kept = sys.argv, fast_downward.pddl2sas, textgen._parse_and_convert
-        translate = fast_downward.pddl2sas
-        fast_downward.pddl2sas, textgen._parse_and_convert = translate_once, _parse
+        def load_or_reuse():
+            return _LIBRARIES.pop() if _LIBRARIES else load()
+
+        argv, translate, load = sys.argv, fast_downward.pddl2sas, fast_downward.load_lib
+        parse = textgen._parse_and_convert
+        fast_downward.pddl2sas, fast_downward.load_lib = translate_once, load_or_reuse
+        textgen._parse_and_convert = _parse
         try:
             yield
         finally:
-            sys.argv, fast_downward.pddl2sas, textgen._parse_and_convert = kept
+            sys.argv, textgen._parse_and_convert = argv, parse
+            fast_downward.pddl2sas, fast_downward.load_lib = translate, load
 
 
 @cache

@@ -43,28 +43,28 @@ class EnvPool:
             raise ValueError(f"workers: saw {workers}, expected at least 1, or None")
         self.envs = [PooledEnv(self, k) for k in range(len(makers))]
         context = multiprocessing.get_context("spawn")  # no fork: torch may have threads
-        self._workers = []
+        self.workers = []
         for first in range(workers):
             here, there = context.Pipe()
             mine = {k: makers[k] for k in range(first, len(makers), workers)}
             process = context.Process(target=_serve, args=(there, mine), daemon=True)
             process.start()
             there.close()
-            self._workers.append((process, here))
+            self.workers.append((process, here))
 
     def call(self, requests: Sequence[Request]) -> list[Any]:
         """Let all processes work at once; an answer is what the method returned, or the error."""
         shares: dict[int, list[int]] = defaultdict(list)  # worker -> positions of its requests
         for position, (k, _, _) in enumerate(requests):
-            shares[k % len(self._workers)].append(position)
+            shares[k % len(self.workers)].append(position)
         answers: list[Any] = [None] * len(requests)
         for worker, positions in shares.items():
             try:
-                self._workers[worker][1].send([requests[position] for position in positions])
+                self.workers[worker][1].send([requests[position] for position in positions])
             except OSError:
                 pass  # its process has ended, which the next loop reports
         for worker, positions in shares.items():
-            process, pipe = self._workers[worker]
+            process, pipe = self.workers[worker]
             try:
                 replies = pipe.recv()
             except (EOFError, OSError):
@@ -77,9 +77,9 @@ class EnvPool:
 
     def close(self) -> None:
         """End the processes; afterwards the environments answer with errors."""
-        for _, pipe in self._workers:
+        for _, pipe in self.workers:
             pipe.close()  # a worker ends when nobody can ask any more
-        for process, _ in self._workers:
+        for process, _ in self.workers:
             process.join()
 
     def __enter__(self) -> "EnvPool":
