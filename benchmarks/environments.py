@@ -94,13 +94,16 @@ def parallel(counts: list[int], size: str, workers: int, genuine: bool) -> list[
     """Lock-step play of many games by each engine: steps a second, and memory per game."""
     rows = []
     for count in counts:
-        games = [generate_game(k, size=size, task_type=TASK_TYPES[k % len(TASK_TYPES)])
-                 for k in range(count)]  # fmt: skip
+        games = [
+            generate_game(k, size=size, task_type=TASK_TYPES[k % len(TASK_TYPES)])
+            for k in range(count)
+        ]
         ours = [HouseholdEnv(game, MAX_TURNS) for game in games]
         runs = {"ours": partial(walk, ours, [env.reset()[1] for env in ours], random.Random(0))}
         row = {"games": count}
-        pool = EnvPool([partial(AlfworldEnv, game, MAX_TURNS) for game in games] if genuine else [],
-                       workers)  # fmt: skip
+        pool = EnvPool(
+            [partial(AlfworldEnv, game, MAX_TURNS) for game in games] if genuine else [], workers
+        )
         with pool:
             if genuine:
                 start = time.perf_counter()
@@ -149,9 +152,13 @@ def as_published(size: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
+
     def cell(value: object) -> str:
-        return f"{value:,.0f}" if isinstance(value, float) and value >= 10 else (
-            f"{value:.2g}" if isinstance(value, float) else str(value))
+        return (
+            f"{value:,.0f}"
+            if isinstance(value, float) and value >= 10
+            else (f"{value:.2g}" if isinstance(value, float) else str(value))
+        )
 
     lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(map(cell, r.values())) for r in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -166,11 +173,15 @@ def main() -> None:
     given = parser.parse_args()
     genuine = importlib.util.find_spec("alfworld") is not None
     result = {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(),
-                    "workers": given.workers, "size": given.size},
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "workers": given.workers,
+            "size": given.size,
+        },
         "household, one core, per second of CPU": one_core(),
         "parallel games, per second": parallel(given.games, given.size, given.workers, genuine),
-    }  # fmt: skip
+    }
     if genuine:
         result["one game, one core, steps per second of CPU"] = [as_published(s) for s in SIZES]
     else:

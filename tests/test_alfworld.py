@@ -27,11 +27,26 @@ from hiper_lab.envs.games import (
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
 from hiper_lab.envs.pool import EnvPool, reset_all, step_all
 
-genuine = pytest.mark.skipif(not importlib.util.find_spec("alfworld"),
-                             reason="the extra 'alfworld' is not installed")  # fmt: skip
-WRONG = ["", "dance", "LOOK", " look ", "go  to fridge 1", "help", "inventory", "take apple 1",
-         "put mug 1 in/on shelf 1", "examine mug 1", "open fridge 1", "close drawer 1", "use desklamp 1",
-         "go to sinkbasin 1\n", "slice apple 1 with knife 1"]  # fmt: skip
+genuine = pytest.mark.skipif(
+    not importlib.util.find_spec("alfworld"), reason="the extra 'alfworld' is not installed"
+)
+WRONG = [
+    "",
+    "dance",
+    "LOOK",
+    " look ",
+    "go  to fridge 1",
+    "help",
+    "inventory",
+    "take apple 1",
+    "put mug 1 in/on shelf 1",
+    "examine mug 1",
+    "open fridge 1",
+    "close drawer 1",
+    "use desklamp 1",
+    "go to sinkbasin 1\n",
+    "slice apple 1 with knife 1",
+]
 GAMES = 6  # of each type
 STEPS = 46  # of each, after which the plan is played from a fresh start
 
@@ -39,8 +54,12 @@ STEPS = 46  # of each, after which the plan is played from a fresh start
 def games(task_type: str) -> list[dict]:
     """Small games mostly; the last two are of larger sizes, whose rooms share standing points."""
     sizes = ["small"] * (GAMES - 2) + ["medium", "full"]
-    return [generate_game(1000 + k, split=SPLITS[k % 3], size=size, task_type=task_type,
-                          turns=range(4, 21)) for k, size in enumerate(sizes)]  # fmt: skip
+    return [
+        generate_game(
+            1000 + k, split=SPLITS[k % 3], size=size, task_type=task_type, turns=range(4, 21)
+        )
+        for k, size in enumerate(sizes)
+    ]
 
 
 def choose(rng: random.Random, admissible: list[str]) -> str:
@@ -80,16 +99,25 @@ def test_every_step_equals_the_genuine_engines(task_type):
 def test_what_lies_in_a_bowl_is_seen_but_cannot_be_taken():
     game = generate_game(0, task_type="pick_cool_then_place_in_recep")
     world = HouseholdEnv(game).world
-    holder = next(i for i in sorted(world.traits["isreceptacleobject"]) if dict(world.start.inside)[i])
+    holder = next(
+        i for i in sorted(world.traits["isreceptacleobject"]) if dict(world.start.inside)[i]
+    )
     for inner in ("pen_bar_1", "pen_bar_2"):
         game["pddl_problem"] = game["pddl_problem"].replace(
-            "(:init", f"(:init\n (objectType {inner} PenType) (pickupable {inner}) "
-                      f"(inReceptacleObject {inner} {holder})")
+            "(:init",
+            f"(:init\n (objectType {inner} PenType) (pickupable {inner}) "
+            f"(inReceptacleObject {inner} {holder})",
+        )
         game["pddl_problem"] = game["pddl_problem"].replace(
-            "(:objects", f"(:objects {inner} - object" + " PenType - otype" * (inner[-1] == "1"))
+            "(:objects", f"(:objects {inner} - object" + " PenType - otype" * (inner[-1] == "1")
+        )
     where, name = dict(world.start.inside)[holder], world.names[holder]
-    commands = [f"go to {world.names[where]}", f"open {world.names[where]}",
-                f"take {name} from {world.names[where]}", f"examine {name}"]
+    commands = [
+        f"go to {world.names[where]}",
+        f"open {world.names[where]}",
+        f"take {name} from {world.names[where]}",
+        f"examine {name}",
+    ]
     ours, theirs = HouseholdEnv(game), AlfworldEnv(game)
     assert ours.reset() == theirs.reset()
     for command in commands:
@@ -122,11 +150,13 @@ def test_the_engine_gives_back_what_it_takes(capsys, monkeypatch):
 @genuine
 def test_a_library_is_used_again_and_python_exits_cleanly(root):
     """Unloading it, as fast_downward.close_lib does, ends in a segmentation fault at exit."""
-    code = ("from hiper_lab.envs.alfworld import AlfworldEnv\n"
-            "from hiper_lab.envs.games import generate_game\n"
-            "for k in range(5):\n    env = AlfworldEnv(generate_game(k)); env.reset()\n"
-            "lines = [line for line in open('/proc/self/maps') if 'libdownward' in line]\n"
-            "print(len({line.split()[5] for line in lines}))")
+    code = (
+        "from hiper_lab.envs.alfworld import AlfworldEnv\n"
+        "from hiper_lab.envs.games import generate_game\n"
+        "for k in range(5):\n    env = AlfworldEnv(generate_game(k)); env.reset()\n"
+        "lines = [line for line in open('/proc/self/maps') if 'libdownward' in line]\n"
+        "print(len({line.split()[5] for line in lines}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "2\n")  # the next game is made before one is free
 
@@ -174,19 +204,24 @@ def test_alfworlds_own_loader_and_expert_play_the_written_games(tmp_path):
     alfworld._packages()
     from alfworld.agents.environment.alfred_tw_env import AlfredExpert, AlfredTWEnv
 
-    chosen = [generate_game(k, split="unseen", task_type=task_type, turns=range(4, 21))
-              for k, task_type in enumerate([*TASK_TYPES, LONG_TASK_TYPES[0]])]  # fmt: skip
+    chosen = [
+        generate_game(k, split="unseen", task_type=task_type, turns=range(4, 21))
+        for k, task_type in enumerate([*TASK_TYPES, LONG_TASK_TYPES[0]])
+    ]
     written = write_games(tmp_path, chosen)
     split = str(tmp_path / "json_2.1.1" / "valid_unseen")
-    config = {"env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6]},
-              "dataset": {"eval_ood_data_path": split, "num_eval_games": -1}}  # fmt: skip
+    config = {
+        "env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6]},
+        "dataset": {"eval_ood_data_path": split, "num_eval_games": -1},
+    }
     found = AlfredTWEnv(config, train_eval="eval_out_of_distribution").game_files
     assert sorted(found) == sorted(map(str, written[:-1]))  # not the long one, of unknown type
     env = AlfworldEnv(load_game(written[0]))
     with env._engine():
         textworld, pddl, demangler = alfworld._packages()
-        expert = AlfredExpert(demangler(pddl(textworld.EnvInfos(admissible_commands=True, facts=True,
-                                                                won=True))))  # fmt: skip
+        expert = AlfredExpert(
+            demangler(pddl(textworld.EnvInfos(admissible_commands=True, facts=True, won=True)))
+        )
         expert.load(str(written[0]))
         state = expert.reset()
     assert state.feedback == env.reset()[0] and state["extra.expert_plan"]
@@ -196,8 +231,10 @@ def test_alfworlds_own_loader_and_expert_play_the_written_games(tmp_path):
 
 
 def test_written_games_have_the_official_form_and_play_as_before(tmp_path):
-    chosen = [generate_game(k, split=SPLITS[k % 3], task_type=task_type, turns=range(4, 21))
-              for k, task_type in enumerate([*TASK_TYPES, *LONG_TASK_TYPES])]  # fmt: skip
+    chosen = [
+        generate_game(k, split=SPLITS[k % 3], task_type=task_type, turns=range(4, 21))
+        for k, task_type in enumerate([*TASK_TYPES, *LONG_TASK_TYPES])
+    ]
     written = write_games(tmp_path, chosen)
     assert sorted(written) == find_games(tmp_path)
     for path, game in zip(written, chosen, strict=True):
@@ -206,8 +243,9 @@ def test_written_games_have_the_official_form_and_play_as_before(tmp_path):
         facts = json.loads((path.parent / "traj_data.json").read_text())
         wanted, params = HouseholdEnv(game).world.goal, facts["pddl_params"]
         place = params["parent_target"] or params["toggle_target"]
-        assert task == (f"{wanted.task_type}-{params['object_target']}-None-{place}-"
-                        f"{game['meta']['room']}")
+        assert task == (
+            f"{wanted.task_type}-{params['object_target']}-None-{place}-{game['meta']['room']}"
+        )
         assert params["object_target"].lower() == wanted.object
         assert place.lower() == (wanted.receptacle or wanted.lamp)
         assert facts["task_id"] == trial and facts["task_type"] == wanted.task_type

@@ -137,7 +137,8 @@ MUTATIONS = [
     str.upper, str.title, str.strip, lambda t: t + " ", lambda t: t + "\x00", lambda t: t[:-1],
     lambda t: t.replace(" ", "  "), lambda t: t.replace(" ", "\u00a0"), lambda t: t + " 1",
     lambda t: t[::-1], lambda t: f"<action>{t}</action>", lambda t: t * 500, lambda t: "\ufeff" + t,
-    lambda t: t.replace("1", "99"), lambda t: f"{t}\n{t}", lambda t: t.encode().decode("utf-16", "replace"),
+    lambda t: t.replace("1", "99"), lambda t: f"{t}\n{t}",
+    lambda t: t.encode().decode("utf-16", "replace"),
 ]  # fmt: skip
 GAMES = [HouseholdEnv(generate_game(k, size=SIZES[k % 3]), max_turns=None) for k in range(12)]
 
@@ -167,7 +168,9 @@ def test_20000_random_and_adversarial_commands_leave_a_consistent_state(seed, te
         before = env.snapshot()
         text = rng.choice(info["admissible"])
         if rng.random() < 0.5:
-            text = rng.choice(texts) if texts and rng.random() < 0.3 else rng.choice(MUTATIONS)(text)
+            text = (
+                rng.choice(texts) if texts and rng.random() < 0.3 else rng.choice(MUTATIONS)(text)
+            )
         known = text.strip() in info["admissible"]
         observation, reward, terminated, truncated, info = env.step(text)
         assert (observation == "Nothing happens.") != known and not truncated
@@ -232,6 +235,14 @@ def test_one_broken_environment_does_not_take_the_others_with_it():
             pool.envs[0].step("look")
     with pytest.raises(RuntimeError, match="the process of this environment ended"):
         pool.envs[1].step("look")
+
+
+def test_what_an_interrupted_call_left_behind_is_not_taken_for_an_answer():
+    with EnvPool([mortal], workers=1) as pool:
+        pool.workers[0][1].send((-1, [(0, "reset", ())]))  # sent, but never waited for
+        assert pool.envs[0].reset() == mortal().reset()
+        pool.workers[0][1].send((-1, [(0, "step", ("dance",))]))
+        assert pool.envs[0].step("inventory")[0] == "You are not carrying anything."
 
 
 def test_a_pool_without_workers_is_refused():

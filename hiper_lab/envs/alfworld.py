@@ -1,12 +1,12 @@
 """The genuine ALFWorld: TextWorld's PDDL engine behind the interface of HouseholdEnv.
 
 It needs ``pip install 'hiper-lab[alfworld]'`` (two packages are compiled) and plays generated games
-and official ones alike, at 15 to 60 steps a second: to train, use HouseholdEnv, whose text is the
-same; ``tests/test_alfworld.py`` compares the two, step by step. For many games at once put it into a
-:class:`hiper_lab.envs.pool.EnvPool`.
+and official ones alike. It is slow, see ``benchmarks/environments.py``: to train, use HouseholdEnv,
+whose text is the same; ``tests/test_alfworld.py`` compares the two, step by step. For many games at
+once put it into a :class:`hiper_lab.envs.pool.EnvPool`.
 
-What the engine does to its host is undone: it overwrites ``sys.argv``; alfworld creates a folder in
-``~/.cache`` and sets ALFWORLD_DATA on import. What it repeats is remembered: it parses the same
+What the engine does to its host is undone: it overwrites ``sys.argv``; alfworld creates a folder
+in ``~/.cache`` and sets ALFWORLD_DATA on import. What it repeats is remembered: it parses the same
 grammar for every admissible command of every step, translates the game twice for every reset, once
 for a planner that nobody asks, and loads a copy of a 34 MB library for every game, for ever.
 
@@ -57,8 +57,10 @@ class AlfworldEnv:
             try:
                 self._env.load(complete_game(game))
             except (Exception, SystemExit) as error:  # the translator exits where others raise
-                raise ValueError(f"game: the engine can't load it, {type(error).__name__}: {error}; "
-                                 "expected PDDL of ALFWorld's domain") from error  # fmt: skip
+                raise ValueError(
+                    f"game: the engine can't load it, {type(error).__name__}: {error}; "
+                    "expected PDDL of ALFWorld's domain"
+                ) from error
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
         """Start over; a game is one fixed task, so ``seed`` and ``options`` change nothing."""
@@ -82,7 +84,7 @@ class AlfworldEnv:
         return state.feedback, float(info["won"]), info["won"], self._over and not info["won"], info
 
     def snapshot(self) -> tuple[str, ...]:
-        """The texts since ``reset``: the engine can't go back, so :meth:`restore` plays them again."""
+        """The texts since ``reset``; the engine can't go back, :meth:`restore` plays them again."""
         if self._texts is None:
             raise RuntimeError("snapshot() outside an episode; call reset()")
         return tuple(self._texts)
@@ -101,8 +103,12 @@ class AlfworldEnv:
     def _info(self, state) -> dict:
         won = bool(state["won"])
         self._over = won or (self.max_turns is not None and len(self._texts) >= self.max_turns)
-        return {"admissible": list(state["admissible_commands"]), "won": won,
-                "task": self.world.task, "task_type": self.world.goal.task_type}  # fmt: skip
+        return {
+            "admissible": list(state["admissible_commands"]),
+            "won": won,
+            "task": self.world.task,
+            "task_type": self.world.goal.task_type,
+        }
 
     @contextmanager
     def _engine(self) -> Iterator[None]:
@@ -141,8 +147,10 @@ def _packages() -> tuple:
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
         from textworld.envs import PddlEnv
     except ImportError as error:
-        raise ImportError(f"{error}; the genuine engine needs pip install 'hiper-lab[alfworld]' "
-                          "and a C++ compiler") from error  # fmt: skip
+        raise ImportError(
+            f"{error}; the genuine engine needs pip install 'hiper-lab[alfworld]' "
+            "and a C++ compiler"
+        ) from error
     finally:
         if data is None:
             del os.environ["ALFWORLD_DATA"]

@@ -41,8 +41,10 @@ class TextEnv(Protocol):
         """Go (back) to a state of the same episode; returns the ``info`` that belongs to it."""
 
 
-ADVERSARIAL = ("", " ", "\n", "\x00", "look\x00", "LOOK ", "go  to", "ä" * 10_000, "\ud800", "🥔 {0} %s",
-               "]", "search[", "click[]", "<action>look</action>", "'; DROP TABLE turns; --")  # fmt: skip
+ADVERSARIAL = (
+    *("", " ", "\n", "\x00", "look\x00", "LOOK ", "go  to", "ä" * 10_000, "\ud800", "🥔 {0} %s"),
+    *("]", "search[", "click[]", "<action>look</action>", "'; DROP TABLE turns; --"),
+)
 
 
 def check_env(env: TextEnv, *, seed: int = 0, turns: int = 30) -> None:
@@ -86,7 +88,9 @@ def _reset(env: TextEnv, seed: int) -> tuple[str, dict]:
     _expect(isinstance(result, tuple) and len(result) == 2, "reset", result)
     _expect(isinstance(result[0], str) and result[0], "reset: observation", result[0])
     _check_info(result[1])
-    _expect(not result[1]["won"] and result[1]["admissible"], "reset: an episode at its end", result)
+    _expect(
+        not result[1]["won"] and result[1]["admissible"], "reset: an episode at its end", result
+    )
     return result
 
 
@@ -97,8 +101,11 @@ def _step(env: TextEnv, text: str, task: str) -> tuple[str, float, bool, bool, d
     _expect(isinstance(observation, str), "step: observation", observation)
     _expect(isinstance(reward, float) and math.isfinite(reward), "step: reward", reward)
     over = (terminated, truncated)
-    _expect(all(isinstance(x, bool) for x in over) and not all(over), "step: (terminated, truncated)",
-            over)  # fmt: skip
+    _expect(
+        all(isinstance(x, bool) for x in over) and not all(over),
+        "step: (terminated, truncated)",
+        over,
+    )
     _check_info(info)
     _expect(info["task"] == task, "step: another task", info["task"])
     _expect(terminated or not info["won"], "step: won, but not terminated", info["won"])
@@ -110,8 +117,12 @@ def _check_info(info: dict) -> None:
     for key, kind in (("admissible", list), ("won", bool), ("task", str), ("task_type", str)):
         _expect(isinstance(info, dict) and type(info.get(key)) is kind, f"info[{key!r}]", info)
     admissible = info["admissible"]
-    _expect(all(isinstance(text, str) and text for text in admissible)
-            and len(set(admissible)) == len(admissible), "info['admissible']", admissible)  # fmt: skip
+    _expect(
+        all(isinstance(text, str) and text for text in admissible)
+        and len(set(admissible)) == len(admissible),
+        "info['admissible']",
+        admissible,
+    )
 
 
 def _expect(kept: bool, what: str, seen: object) -> None:

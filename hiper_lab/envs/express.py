@@ -23,8 +23,9 @@ class ExpressEnv:
         ValueError: If there is no such game or split.
     """
 
-    def __init__(self, game: str = "coin", split: str = "train", parameters: str = "",
-                 max_turns: int = 50):  # fmt: skip
+    def __init__(
+        self, game: str = "coin", split: str = "train", parameters: str = "", max_turns: int = 50
+    ):
         from textworld_express import TextWorldExpressEnv
 
         self.game, self.max_turns = game, max_turns
@@ -32,8 +33,11 @@ class ExpressEnv:
         if game not in self._env.getGameNames():
             raise ValueError(f"game: saw {game!r}, expected one of {self._env.getGameNames()}")
         self._env.load(gameName=game, gameParams=parameters)
-        seeds = {"train": self._env.getValidSeedsTrain, "dev": self._env.getValidSeedsDev,
-                 "test": self._env.getValidSeedsTest}  # fmt: skip
+        seeds = {
+            "train": self._env.getValidSeedsTrain,
+            "dev": self._env.getValidSeedsDev,
+            "test": self._env.getValidSeedsTest,
+        }
         if split not in seeds:
             raise ValueError(f"split: saw {split!r}, expected one of {sorted(seeds)}")
         self._split, self._parameters, self._seeds = split, parameters, list(seeds[split]())
@@ -41,16 +45,25 @@ class ExpressEnv:
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
         self._episode, self._texts = self._seeds[(seed or 0) % len(self._seeds)], ()
         observation, state = self._env.reset(
-            seed=self._episode, gameFold=self._split, gameName=self.game,
-            gameParams=self._parameters, generateGoldPath=False)  # fmt: skip
+            seed=self._episode,
+            gameFold=self._split,
+            gameName=self.game,
+            gameParams=self._parameters,
+            generateGoldPath=False,
+        )
         return observation, self._info(state)
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict]:
         observation, reward, _, state = self._env.step(text.encode(errors="replace").decode())
         self._texts += (text,)
         over = bool(state["tasksuccess"] or state["taskfailure"])
-        return (observation, float(reward), over, len(self._texts) >= self.max_turns and not over,
-                self._info(state))  # fmt: skip
+        return (
+            observation,
+            float(reward),
+            over,
+            len(self._texts) >= self.max_turns and not over,
+            self._info(state),
+        )
 
     def snapshot(self) -> tuple[int, tuple[str, ...]]:
         return self._episode, self._texts
@@ -64,5 +77,9 @@ class ExpressEnv:
         return info
 
     def _info(self, state: dict) -> dict:
-        return {"admissible": list(dict.fromkeys(state["validActions"])), "task_type": self.game,
-                "won": bool(state["tasksuccess"]), "task": state["taskDescription"]}  # fmt: skip
+        return {
+            "admissible": list(dict.fromkeys(state["validActions"])),
+            "task_type": self.game,
+            "won": bool(state["tasksuccess"]),
+            "task": state["taskDescription"],
+        }

@@ -344,7 +344,7 @@ def write_games(folder: str | Path, games: Iterable[dict]) -> list[Path]:
         The path of each game.tw-pddl.
 
     Raises:
-        ValueError: If a game was not made by :func:`generate_game`, or another one is there already.
+        ValueError: If a game was not made by :func:`generate_game`, or its place is taken.
     """
     written = []
     for game in games:

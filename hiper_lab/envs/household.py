@@ -159,8 +159,8 @@ class World:
                     (mark, i) for mark, _ in EFFECTS.values() for i, in facts[mark])))
         except (ValueError, KeyError) as error:
             raise ValueError(f"pddl_problem: saw {error}; expected one atLocation, a type for what "
-                             "is inReceptacle, a receptacleAtLocation for every receptacle, nothing "
-                             "inside itself, and a goal of TASKS or LONG_TASKS") from error
+                             "is inReceptacle, a receptacleAtLocation for every receptacle, "
+                             "nothing inside itself, and a goal of TASKS or LONG_TASKS") from error
 
 
 class HouseholdEnv:

@@ -6,6 +6,7 @@ than the message that would ask for it, so leave it where it is.
 
 import multiprocessing
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class EnvPool:
     Args:
         makers: Makes an environment, in its process, when it is first used. It has to be importable
             there: a class or function of a module, or a functools.partial of one.
-        workers: Number of processes, each with its share of the environments; None for one per core.
+        workers: Processes, each with its share of the environments; None for one per core.
 
     Raises:
         ValueError: If ``workers`` is below 1.
@@ -44,6 +45,7 @@ class EnvPool:
         self.envs = [PooledEnv(self, k) for k in range(len(makers))]
         context = multiprocessing.get_context("spawn")  # no fork: torch may have threads
         self.workers = []
+        self._calls = 0
         for first in range(workers):
             here, there = context.Pipe()
             mine = {k: makers[k] for k in range(first, len(makers), workers)}
@@ -54,23 +56,30 @@ class EnvPool:
 
     def call(self, requests: Sequence[Request]) -> list[Any]:
         """Let all processes work at once; an answer is what the method returned, or the error."""
+        self._calls += 1
         shares: dict[int, list[int]] = defaultdict(list)  # worker -> positions of its requests
         for position, (k, _, _) in enumerate(requests):
             shares[k % len(self.workers)].append(position)
         answers: list[Any] = [None] * len(requests)
         for worker, positions in shares.items():
             try:
-                self.workers[worker][1].send([requests[position] for position in positions])
+                share = [requests[position] for position in positions]
+                self.workers[worker][1].send((self._calls, share))
             except OSError:
                 pass  # its process has ended, which the next loop reports
         for worker, positions in shares.items():
             process, pipe = self.workers[worker]
             try:
-                replies = pipe.recv()
+                call, replies = pipe.recv()
+                while call != self._calls:  # left over from a call that was interrupted
+                    call, replies = pipe.recv()
             except (EOFError, OSError):
                 process.join(timeout=1)
-                replies = [RuntimeError("the process of this environment ended, exit code "
-                                        f"{process.exitcode}")] * len(positions)  # fmt: skip
+                replies = [
+                    RuntimeError(
+                        f"the process of this environment ended, exit code {process.exitcode}"
+                    )
+                ] * len(positions)
             for position, reply in zip(positions, replies, strict=True):
                 answers[position] = reply
         return answers
@@ -156,11 +165,12 @@ def _value(answer: Any) -> Any:
 
 def _serve(pipe, makers: dict[int, Callable[[], TextEnv]]) -> None:
     """The life of a worker: answer lists of requests until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupting a notebook is for its own process
     envs: dict[int, TextEnv] = {}
     while True:
         try:
-            requests = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+            call, requests = pipe.recv()
+        except EOFError:
             return
         answers = []
         for k, method, arguments in requests:
@@ -170,6 +180,5 @@ def _serve(pipe, makers: dict[int, Callable[[], TextEnv]]) -> None:
                 answers.append(getattr(envs[k], method)(*arguments))
             except Exception as error:
                 known = type(error) in (ValueError, RuntimeError)  # others may not travel
-                answers.append(error if known
-                               else RuntimeError(f"{type(error).__name__}: {error}"))  # fmt: skip
-        pipe.send(answers)
+                answers.append(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
+        pipe.send((call, answers))
