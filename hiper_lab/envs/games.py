@@ -204,7 +204,7 @@ def generate_game(seed: int, *, split: str = "train", size: str = "small",
         task_type: One of TASK_TYPES or LONG_TASK_TYPES. None draws one that can have such a plan:
             of TASK_TYPES if ``turns`` begins at 10 or below, else of LONG_TASK_TYPES.
         turns: Lengths of plan to accept, for instance one of the tiers in HORIZONS. A task of one
-            object takes 4 to 8, of two 8 to 15, of three 12 to 22.
+            object takes 3 to 8, of two 8 to 15, of three 12 to 22.
 
     Returns:
         A game for HouseholdEnv and :func:`write_games`. ``walkthrough`` is a plan as long as
@@ -270,6 +270,8 @@ def plan_lengths(task_type: str) -> range:
         (range(4, 7), range(10, 16))
     """
     treatment, count = (TASKS | LONG_TASKS)[task_type]
+    if task_type == "look_at_obj_in_light":
+        return range(3, 6)  # go, open, take, go, use; object and lamp may lie at one place
     return range(count * (5 if treatment else 4), count * (7 if treatment else 5) + 2)
 
 
