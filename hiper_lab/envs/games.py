@@ -4,11 +4,14 @@ A room is a fixed layout of receptacles, numbered like AI2-THOR's floor plans; a
 objects, their places and the task. The splits are ALFWorld's: ``train`` and ``seen`` share rooms
 (with different games), ``unseen`` has rooms of its own.
 
-Left out on purpose: physics (objects are drawn, not simulated), human wording, slicing tasks, and
-the PDDL domain and text grammar that the genuine engine wants in the file. Scores on these games
-are not comparable with published ALFWorld results.
+A game is small; :func:`complete_game` adds the PDDL domain and grammar that only the genuine engine
+reads, and :func:`write_games` writes folders in the official form.
 
-Source: types, affordances, goals and wording of ALFWorld (arXiv:2010.03768; MIT).
+Left out on purpose: physics (objects are drawn, not simulated), human wording and slicing tasks.
+Scores on these games are not comparable with published ALFWorld results.
+
+Source: types, affordances, goals and wording of ALFWorld (arXiv:2010.03768; MIT). The tasks of two
+treated and of three objects are ours, in its language of goals.
 """
 
 import json
