@@ -24,7 +24,6 @@ from plotly.subplots import make_subplots
 COLORS = {"switch": "#D55E00", "high": "#0072B2", "low": "#009E73"}
 INK = "#777777"  # text, axes, and whatever belongs to no level
 NAMES = {"switch": "switch", "high": "subgoal (high)", "low": "action (low)"}
-ROLES = {"switch": "switch", "subgoal": "high", "action": "low"}  # a token's role -> its level
 RUNS = (INK, "#9B5FC0", "#A6761D", "#D1478C")
 POSITIVE, NEGATIVE = (230, 159, 0), (155, 95, 192)  # orange and purple: safe, and no level's colour
 SIGNS = [
@@ -32,10 +31,6 @@ SIGNS = [
 ]  # fmt: skip
 SHARES = [[0, "rgba(155,95,192,0.05)"], [1, f"rgb{NEGATIVE}"]]
 
-MONO = (
-    "font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:1.5;"
-    "white-space:pre-wrap;overflow-wrap:anywhere"
-)
 _AXIS = {"gridcolor": "rgba(127,127,127,0.25)", "zerolinecolor": "rgba(127,127,127,0.6)"}
 # plotly's own template is 16 kB in every saved figure
 pio.templates["hiper_lab"] = go.layout.Template(
@@ -50,6 +45,13 @@ pio.templates["hiper_lab"] = go.layout.Template(
         "margin": {"l": 60, "r": 60, "t": 90, "b": 50},
     }
 )
+
+
+def rgba(color: str | tuple[int, int, int], alpha: float) -> str:
+    """A colour with opacity alpha in [0, 1], as CSS and plotly write it."""
+    if isinstance(color, str):
+        color = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({color[0]},{color[1]},{color[2]},{alpha:.2f})"
 
 
 def training_curves(metrics: pd.DataFrame) -> go.Figure:
@@ -74,7 +76,7 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     evals = ["eval/success", "eval/success_low", "eval/success_high"]
     evals = evals if evals[0] in metrics else []
     always = ["iteration", "rollout/success", "plan/switch_rate", "plan/segment_turns"]
-    _require(metrics, always + evals)
+    require(metrics, always + evals)
     metrics = metrics.sort_values("iteration")
     panels = ["success", "switches and segments", "values: correlation with return", "entropies"]
     figure = make_subplots(
@@ -219,7 +221,7 @@ def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:
     Raises:
         ValueError: If columns are missing or there is no row.
     """
-    _require(turns, ["lane", "turn", "segment", "switch", "subgoal", "end"])
+    require(turns, ["lane", "turn", "segment", "switch", "subgoal", "end"])
     lanes = list(dict.fromkeys(turns["lane"]))
     figure = go.Figure()
     for y, lane in enumerate(lanes[:limit]):
@@ -240,15 +242,11 @@ def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:
     return figure.update_layout(height=150 + 60 * len(shown), template="hiper_lab")
 
 
+CURVES = ("rollout/success", "eval/success", "plan/switch_rate", "plan/segment_turns")
+
+
 def learning_curves(
-    metrics: pd.DataFrame,
-    columns: tuple[str, ...] = (
-        "rollout/success",
-        "eval/success",
-        "plan/switch_rate",
-        "plan/segment_turns",
-    ),
-    smooth: int = 1,
+    metrics: pd.DataFrame, columns: tuple[str, ...] = CURVES, smooth: int = 1
 ) -> go.Figure:
     """Compare runs: mean over seeds with a 95% band, one panel per metric.
 
@@ -270,7 +268,7 @@ def learning_curves(
         >>> curve.y.round(3), band.y.round(3)     # 0.3 ± 12.706 · 0.1
         (array([0.3]), array([ 1.571, -0.971]))
     """
-    _require(metrics, ["run", "seed", "iteration"])
+    require(metrics, ["run", "seed", "iteration"])
     columns = [c for c in columns if c in metrics and metrics[c].notna().any()]
     if not columns:
         raise ValueError(f"none of the metrics is there; the frame has {list(metrics.columns)}")
@@ -293,7 +291,7 @@ def learning_curves(
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
-                fillcolor=_rgba(color, 0.2), showlegend=False, **place,
+                fillcolor=rgba(color, 0.2), showlegend=False, **place,
             )  # fmt: skip
             figure.add_scatter(
                 x=seeds.index, y=seeds["mean"].to_numpy(), name=_text(run, 60), showlegend=k == 0,
@@ -317,7 +315,7 @@ def share_map(shares: pd.DataFrame, title: str) -> go.Figure:
     Raises:
         ValueError: If columns are missing or there is no row.
     """
-    _require(shares, ["run", "iteration", "kind", "share"])
+    require(shares, ["run", "iteration", "kind", "share"])
     runs, kinds = list(dict.fromkeys(shares["run"])), list(dict.fromkeys(shares["kind"]))
     figure = make_subplots(
         1, len(runs), shared_yaxes=True, subplot_titles=[_text(run, 40) for run in runs],
@@ -358,7 +356,7 @@ def subgoal_history(segments: pd.DataFrame, limit: int = 20) -> go.Figure:
     """
     segments = _canonical(segments)
     segments = segments if "run" in segments else segments.assign(run="")
-    _require(segments, ["iteration", "subgoal", "advantage_high", "success"])
+    require(segments, ["iteration", "subgoal", "advantage_high", "success"])
     counts = segments["subgoal"].value_counts()
     names = counts.index[:limit][::-1]
     table = segments.groupby(["run", "iteration", "subgoal"], sort=False, as_index=False).agg(
@@ -398,49 +396,6 @@ def subgoal_history(segments: pd.DataFrame, limit: int = 20) -> go.Figure:
     return figure.update_layout(height=140 + 26 * len(names), template="hiper_lab")
 
 
-def token_strip(tokens: pd.DataFrame, by: str = "role") -> str:
-    """Show a response token by token as HTML, coloured; injected tokens are pale.
-
-    Args:
-        tokens: One row per token: ``piece`` (its text), ``role``, ``chosen``, ``logprob``,
-            ``advantage`` (NaN if it gets none).
-        by: ``role`` (each level's colour), ``advantage`` (orange above zero, purple below), or
-            ``logprob`` (the less likely, the stronger).
-
-    Raises:
-        ValueError: If columns are missing or ``by`` is another.
-
-    Example:
-        >>> token = {"piece": "KEEP", "role": "switch", "chosen": True, "logprob": -0.7}
-        >>> strip = token_strip(pd.DataFrame([token | {"advantage": 0.25}]), by="advantage")
-        >>> "advantage 0.2500" in strip, "KEEP</span>" in strip
-        (True, True)
-    """
-    _require(tokens, ["piece", "role", "chosen", "logprob", "advantage"])
-    if by not in ("role", "advantage", "logprob"):
-        raise ValueError(f"by is {by!r}, expected role, advantage or logprob")
-    largest = max(1e-6, tokens["advantage"].abs().max(skipna=True) if len(tokens) else 0)
-
-    def background(role: str, logprob: float, advantage: float) -> str:
-        if by == "role":
-            return _rgba(COLORS[ROLES[role]], 0.4) if role in ROLES else "transparent"
-        if by == "logprob":
-            return _rgba(RUNS[1], min(1, -logprob / 4) * 0.7)
-        strength = 0 if math.isnan(advantage) else abs(advantage) / largest
-        return _rgba(POSITIVE if advantage > 0 else NEGATIVE, 0.75 * strength)
-
-    spans = []
-    columns = ("piece", "role", "chosen", "logprob", "advantage")
-    for piece, role, chosen, logprob, advantage in zip(*(tokens[c] for c in columns), strict=True):
-        credit = "no advantage" if math.isnan(advantage) else f"advantage {advantage:.4f}"
-        hover = f"{role}, logprob {logprob:.4f}, {credit}" if chosen else f"{role}, not a choice"
-        spans.append(
-            f'<span title="{hover}" style="background:{background(role, logprob, advantage)};'
-            f'{"" if chosen else "opacity:.55;"}border-radius:3px">{_escape(piece)}</span>'
-        )
-    return f'<div style="{MONO}">{"".join(spans)}</div>'
-
-
 def credit_per_subgoal(turns: pd.DataFrame, limit: int = 20) -> go.Figure:
     """Rank subgoals by the credit they earned: which plans helped, which hurt, how often.
 
@@ -463,7 +418,7 @@ def credit_per_subgoal(turns: pd.DataFrame, limit: int = 20) -> go.Figure:
         (('wait (n=1)', 'find mug (n=2)'), array([-0.2,  0.4]))
     """
     turns = _canonical(turns)
-    _require(turns, ["subgoal", "advantage_high"])
+    require(turns, ["subgoal", "advantage_high"])
     chosen = turns[turns["advantage_high"].notna()].astype({"advantage_high": float})
     if chosen.empty or limit < 1:
         seen = f"{len(chosen)} rows with an advantage_high, limit {limit}"
@@ -548,7 +503,7 @@ def _turn_axes(figure: go.Figure, turns: pd.DataFrame, selected: int | None) -> 
 def _one_trajectory(turns: pd.DataFrame, columns: list[str] | None = None) -> pd.DataFrame:
     turns = _canonical(turns)
     needed = ["turn", "segment", "switch", "subgoal", *(columns or [])]
-    _require(turns, needed + [f"advantage_{level}" for level in COLORS])
+    require(turns, needed + [f"advantage_{level}" for level in COLORS])
     if turns["turn"].duplicated().any():
         raise ValueError(f"turns are {sorted(turns['turn'])}, expected each once: one trajectory")
     return turns.sort_values("turn")
@@ -561,7 +516,8 @@ def _canonical(turns: pd.DataFrame) -> pd.DataFrame:
     return turns.rename(columns={a: b for a, b in names.items() if b not in turns})
 
 
-def _require(frame: pd.DataFrame, columns: list[str]) -> None:
+def require(frame: pd.DataFrame, columns: list[str]) -> None:
+    """Refuse a frame without these columns, or without rows, with a ValueError."""
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"missing columns {missing}; the frame has {list(frame.columns)}")
@@ -585,17 +541,6 @@ def _student(n: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
-
-
-def _rgba(color: str | tuple[int, int, int], alpha: float) -> str:
-    if isinstance(color, str):
-        color = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({color[0]},{color[1]},{color[2]},{alpha:.2f})"
-
-
-def _escape(text: object) -> str:
-    """Text for HTML: tags shown as text, line ends kept."""
-    return html.escape("" if text is None else str(text), quote=False)
 
 
 def _text(value: object, width: int = 300) -> str:

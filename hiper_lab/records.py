@@ -4,6 +4,7 @@ Left out on purpose: models and trainers (nothing here needs one), pictures.
 """
 
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,14 @@ from typing import Any
 import pandas as pd
 
 from hiper_lab import protocol
-from hiper_lab.trajectory import EndReason, Trajectory, Turn, read
+from hiper_lab.trajectory import (
+    EndReason,
+    Trajectory,
+    Turn,
+    read,
+    trajectory_frame,
+    turn_frame,
+)
 
 
 class Rollouts(Mapping[int, list[Trajectory]]):
@@ -28,7 +36,7 @@ class Rollouts(Mapping[int, list[Trajectory]]):
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
-        ValueError: If it holds no trajectory.
+        ValueError: If it holds no trajectory and is no run that may still record some.
     """
 
     kept = 4  # iterations in memory
@@ -44,7 +52,7 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         else:
             self.name, self._here = name or "rollouts", list(source)
         self.refresh()
-        if not self.files:
+        if not self.files and not self.config:
             raise ValueError(f"{self.folder or 'the list'} holds no recorded trajectories")
 
     def refresh(self) -> None:
@@ -84,6 +92,36 @@ def read_metrics(folder: Path | str) -> pd.DataFrame:
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
+
+
+def overview(trajectories: list[Trajectory]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`trajectory_frame` with the ``failure`` of each, and `turn_frame`."""
+    turns, frame = turn_frame(trajectories), trajectory_frame(trajectories)
+    return frame.assign(failure=frame["trajectory"].map(failures(turns)["failure"])), turns
+
+
+def sample(runs: Mapping[str, list[Rollouts]], count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`overview` of several runs over training, of ``count`` evenly spaced iterations of each seed.
+
+    Both frames gain ``run``, ``iteration`` and ``address``, the turns ``game`` and ``task`` too.
+
+    Raises:
+        ValueError: If none of them has recorded trajectories.
+    """
+    frames, turns = [], []
+    for run, seeds in runs.items():
+        for rollouts in seeds:
+            there = list(rollouts)[::-1]
+            for iteration in there[:: max(1, math.ceil(len(there) / count))][::-1]:
+                frame, rows = overview(rollouts[iteration])
+                where = f"{rollouts.name}/{iteration}/" + frame["trajectory"]
+                frame = frame.assign(run=run, iteration=iteration, address=where)
+                keys = ["trajectory", "run", "iteration", "address", "game", "task"]
+                frames.append(frame)
+                turns.append(rows.merge(frame[keys], on="trajectory"))
+    if not frames:
+        raise ValueError(f"no rollouts were recorded in {list(runs)}")
+    return pd.concat(frames, ignore_index=True), pd.concat(turns, ignore_index=True)
 
 
 # --------------------------------------------------------------------------------------- failures

@@ -314,29 +314,18 @@ def read(path: Path | str) -> Records:
 
 
 def to_values(trajectories: list[Trajectory]) -> Values:
-    """The recorded values as ``[traj, turn]`` tensors: what `attach` wrote, back in the grid.
-
-    Raises:
-        ValueError: If a turn has no values. (A missing ``final_value`` is NaN; only truncated
-            episodes are read there.)
-    """
-    rows = {
-        level: [[getattr(turn, f"value_{level}") for turn in t.turns] for t in trajectories]
-        for level in ("high", "low", "switch")
-    }
-    for level, values in rows.items():
-        for trajectory, row in zip(trajectories, values, strict=True):
-            if None in row:
-                raise ValueError(
-                    f"turn {row.index(None)} of {trajectory.id} has no value_{level}: no critic "
-                    "has judged these trajectories"
-                )
-    grids = {
-        level: torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in values], batch_first=True)
-        for level, values in rows.items()
-    }
-    final = [math.nan if t.final_value is None else t.final_value for t in trajectories]
-    return Values(**grids, final=torch.tensor(final))
+    """The recorded values as ``[traj, turn]`` tensors: what `attach` wrote, NaN where it did not."""
+    grids = [
+        torch.nn.utils.rnn.pad_sequence(
+            [
+                torch.tensor([_or_nan(getattr(turn, f"value_{level}")) for turn in t.turns])
+                for t in trajectories
+            ],
+            batch_first=True,
+        )
+        for level in Values._fields[:3]
+    ]
+    return Values(*grids, final=torch.tensor([_or_nan(t.final_value) for t in trajectories]))
 
 
 def attach(trajectories: list[Trajectory], values, credit) -> None:
@@ -356,3 +345,7 @@ def attach(trajectories: list[Trajectory], values, credit) -> None:
 
 def _number(x: torch.Tensor) -> float | None:
     return round(float(x), 6) if math.isfinite(x) else None
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x
