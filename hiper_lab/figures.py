@@ -43,6 +43,7 @@ pio.templates["hiper_lab"] = go.layout.Template(
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "x": 0, "y": 1.08, "yanchor": "bottom"},
         "margin": {"l": 60, "r": 60, "t": 90, "b": 50},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": "#9B5FC0"},
     }
 )
 
@@ -113,7 +114,7 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     titles = ["success rate", "switches per turn", "turns per segment", "correlation", "nats"]
     for axis, title in zip(figure.select_yaxes(), titles, strict=True):
         axis.update(title_text=title, rangemode="normal" if title == "correlation" else "tozero")
-    figure.update_xaxes(title_text="iteration", row=2)
+    _iteration_axes(figure, metrics["iteration"], row=2)
     figure.update_layout(yaxis_range=[0, 1], yaxis3={"showgrid": False, "tickmode": "auto"})
     return figure.update_layout(template="hiper_lab", height=620)
 
@@ -239,7 +240,8 @@ def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:
     )  # fmt: skip
     last = turns.loc[turns["lane"].isin(shown), "turn"].max()
     figure.update_xaxes(title="turn" + omitted, zeroline=False, range=[-0.6, last + 3.5])
-    return figure.update_layout(height=150 + 60 * len(shown), template="hiper_lab")
+    figure.update_layout(barmode="overlay", height=150 + 60 * len(shown))
+    return figure.update_layout(template="hiper_lab")
 
 
 CURVES = ("rollout/success", "eval/success", "plan/switch_rate", "plan/segment_turns")
@@ -298,7 +300,8 @@ def learning_curves(
                 mode="lines+markers" if column.startswith("eval/") else "lines",
                 line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", **place,
             )  # fmt: skip
-    figure.update_xaxes(title_text="iteration", row=math.ceil(len(columns) / across))
+    _iteration_axes(figure, metrics["iteration"], row=math.ceil(len(columns) / across))
+    figure.update_yaxes(rangemode="tozero")
     return figure.update_layout(
         height=120 + 250 * math.ceil(len(columns) / across), template="hiper_lab"
     )
@@ -390,7 +393,7 @@ def subgoal_history(segments: pd.DataFrame, limit: int = 20) -> go.Figure:
             },
             hovertemplate="iteration %{x}<br>%{customdata}<extra></extra>", row=1, col=col,
         )  # fmt: skip
-    figure.update_xaxes(title_text="iteration", zeroline=False)
+    _iteration_axes(figure, segments["iteration"])
     ticks = {"tickvals": list(place.values()), "ticktext": [_text(n, 40) for n in names]}
     figure.update_yaxes(automargin=True, zeroline=False, **ticks)
     return figure.update_layout(height=140 + 26 * len(names), template="hiper_lab")
@@ -486,6 +489,13 @@ def _segments(figure: go.Figure, turns: pd.DataFrame, y: int) -> None:
         marker={"color": COLORS["switch"], "symbol": "triangle-down", "size": 11},
         name="SWITCH", showlegend=y == 0, hovertemplate="SWITCH<extra></extra>",
     )  # fmt: skip
+
+
+def _iteration_axes(figure: go.Figure, iterations: pd.Series, row: int | None = None) -> None:
+    """Whole numbers only, also on the axis of a short run."""
+    short = iterations.max() - iterations.min() <= 10
+    figure.update_xaxes(dtick=1 if short else None, zeroline=False)
+    figure.update_xaxes(title_text="iteration", row=row)
 
 
 def _turn_axes(figure: go.Figure, turns: pd.DataFrame, selected: int | None) -> None:

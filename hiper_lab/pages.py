@@ -8,6 +8,7 @@ Left out on purpose: pictures (see figures) and widgets (which show these same t
 import html
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ MONO = (
     "white-space:pre-wrap;overflow-wrap:anywhere"
 )
 STYLE = """<style>
-.hl table{border-collapse:collapse;margin:4px 0} .hl td,.hl th{padding:1px 10px 1px 0;
-text-align:right;font-weight:normal;border:0;background:transparent!important}
-.hl th{opacity:.7} .hl .t td:first-child,.hl .t th:first-child{text-align:left}
-.hl summary{cursor:pointer;opacity:.8} .hl{font-size:13px;line-height:1.5}
+.hl{font-size:13px;line-height:1.5} .hl .s{max-height:320px;overflow:auto}
+.hl table{border-collapse:collapse;margin:4px 0} .hl td,.hl th{padding:1px 16px 1px 0;
+text-align:left;font-weight:normal;border:0;background:transparent!important}
+.hl .n{text-align:right;font-variant-numeric:tabular-nums} .hl th{opacity:.7}
+.hl summary{cursor:pointer;opacity:.8}
 .hl select{font-family:var(--jp-code-font-family,monospace);font-size:12px}
 </style>"""
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>{style}
@@ -131,9 +133,9 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
     said = {"switch": "SWITCH" if now.switch else "KEEP", "high": now.subgoal, "low": now.action}
     rows = "".join(
         f'<tr><td style="border-left:4px solid {COLORS[level]};padding-left:8px">{NAMES[level]}'
-        f"</td><td style='text-align:left'>{html.escape(said[level])}</td>"
-        f"<td>{_number(getattr(now, 'value_' + level))}</td>"
-        f"<td>{_number(getattr(now, 'advantage_' + level))}</td></tr>"
+        f"</td><td>{html.escape(said[level])}</td>"
+        f"<td class='n'>{_number(getattr(now, 'value_' + level))}</td>"
+        f"<td class='n'>{_number(getattr(now, 'advantage_' + level))}</td></tr>"
         for level in COLORS
     )
     problems = f"<div><b>malformed:</b> {html.escape('; '.join(now.problems))}</div>"
@@ -145,8 +147,8 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
         f"<div>task: {html.escape(trajectory.task)}</div>"
         f"{_block('observation', now.observation, True)}"
         f"{prompt}<div style='margin-top:6px'>{token_strip(response_tokens(trajectory, turn), by)}"
-        f"</div>{problems if now.problems else ''}<table class='t'><tr><th></th><th "
-        f"style='text-align:left'>decision</th><th>value</th><th>advantage</th></tr>{rows}</table>"
+        f"</div>{problems if now.problems else ''}<table><tr><th></th><th>decision</th>"
+        f"<th class='n'>value</th><th class='n'>advantage</th></tr>{rows}</table>"
         f"<div>logprob {sum(now.logprobs):.4f}, reward {now.reward:g}{outcome}</div>"
         f"{_block('what came of it', after, last)}"
     )
@@ -165,7 +167,12 @@ def _number(x: float | None) -> str:
 
 def table_html(frame: pd.DataFrame) -> str:
     """A frame as an HTML table that scrolls if it is long."""
-    shown = frame.to_html(
-        index=False, border=0, classes="t", float_format="{:.4f}".format, na_rep="", justify="right"
-    )
-    return f'<div style="max-height:320px;overflow:auto">{shown}</div>'
+    kinds = ["n" if pd.api.types.is_numeric_dtype(kind) else "" for kind in frame.dtypes]
+
+    def row(tag: str, cells: Iterable[object]) -> str:
+        cells = (_number(x) if isinstance(x, float) else html.escape(str(x)) for x in cells)
+        made = (f'<{tag} class="{k}">{x}</{tag}>' for k, x in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(made)}</tr>"
+
+    rows = [row("th", frame.columns), *(row("td", r) for r in frame.itertuples(index=False))]
+    return f'<div class="s"><table>{"".join(rows)}</table></div>'

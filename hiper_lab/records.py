@@ -134,8 +134,8 @@ def failures(turns: pd.DataFrame) -> pd.DataFrame:
 
     - ``malformed``: more than 1 in 5 of its turns were malformed;
     - ``loop``: it did the same action at the same observation three times or more;
-    - ``drift``: a subgoal changed on KEEP, or twice or more a subgoal that had been given up for
-      another was taken up again;
+    - ``drift``: a subgoal changed on KEEP, or three times or more a subgoal that had been given up
+      for another was taken up again;
     - ``premature switch``: three segments or more, and of those that ended in a SWITCH more than
       half lasted a single turn;
     - ``never switch``: eight turns or more, all under the first subgoal;
@@ -176,7 +176,7 @@ def failures(turns: pd.DataFrame) -> pd.DataFrame:
         .groupby(level=0).max() >= 3,
         "drift": (kept & (turns["subgoal"] != by["subgoal"].shift()))
         .groupby(turns["trajectory"]).any()
-        | (given_up.groupby(opens["trajectory"]).sum() >= 2),
+        | (given_up.groupby(opens["trajectory"]).sum() >= 3),
         "premature switch": ((left == 1).groupby(level=0).mean() > 0.5)
         .reindex(length.index, fill_value=False) & (segments >= 3),
         "never switch": (segments == 1) & (length >= 8),

@@ -314,7 +314,7 @@ def read(path: Path | str) -> Records:
 
 
 def to_values(trajectories: list[Trajectory]) -> Values:
-    """The recorded values as ``[traj, turn]`` tensors: what `attach` wrote, NaN where it did not."""
+    """The recorded values as ``[traj, turn]`` tensors: the inverse of `attach`; NaN for None."""
     grids = [
         torch.nn.utils.rnn.pad_sequence(
             [

@@ -40,6 +40,13 @@ Source = Rollouts | Path | str | Iterable[Trajectory]
 SLIM, WIDE = {"width": "270px"}, {"width": "320px"}
 
 
+def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str, str]]) -> None:
+    """Give a control other options; what is picked stays if it is still there, else the first."""
+    keep, control.options = control.value, options
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    control.value = keep if keep in values else next(iter(values), None)
+
+
 class _Inspector(ui.VBox):
     """What all inspectors share: one figure kept up to date, a digest, and the static twin."""
 
@@ -199,9 +206,7 @@ class _OfTurns(_Inspector):
     def fill(self) -> None:
         """Offer what `listed` says, keeping what is picked if it is still there."""
         with self._mute():
-            keep, self.listing.options = self.listing.value, self.listed()
-            if keep in dict(self.listing.options).values():
-                self.listing.value = keep
+            _offer(self.listing, self.listed())
 
     def _pick(self, iteration: int, trajectory: str | None = None, turn: int = 0) -> None:
         if trajectory is None:  # the first one listed there
@@ -253,12 +258,8 @@ class TrajectoryInspector(_OfTurns):
         self._frame, self._turns = records.overview(self.trajectories)
         failed = [name for name in (*FAILURES, "lost") if (self._frame["failure"] == name).any()]
         with self._mute():
-            for control, found in (
-                (self.task, sorted(set(self._frame["task_type"]) - {""})),
-                (self.outcome, ["won", "failed", *failed]),
-            ):
-                keep, control.options = control.value, ["all", *found]
-                control.value = keep if keep in control.options else "all"
+            _offer(self.task, ["all", *sorted(set(self._frame["task_type"]) - {""})])
+            _offer(self.outcome, ["all", "won", "failed", *failed])
 
     def table(self) -> pd.DataFrame:
         """The listed trajectories, filtered and sorted."""
@@ -520,8 +521,9 @@ class CreditExplorer(_OfTurns):
 
     def digest(self) -> str:
         turn = self.table().iloc[self.selection[2]]
-        credit = ", ".join(f"{level} {turn[level + '_left']:.4f}" for level in COLORS)
-        return f"{self.address}, {self.names()[0]}, {credit}"
+        credit = turn[[f"{level}_left" for level in COLORS]].dropna()  # high only at boundaries
+        said = ", ".join(f"{name.split('_')[0]} {x:.4f}" for name, x in credit.items())
+        return f"{self.address}, {self.names()[0]}, {said}"
 
     def clicked(self, trace: Any, points: Any, state: Any) -> None:
         if points.point_inds and trace.legendgroup in COLORS:
@@ -584,7 +586,7 @@ class RunComparer(_Inspector):
             games = self._recorded[0].groupby("game", sort=False)["task"].agg(["first", "size"])
             shared = games[games["size"] > 1]["first"]
             with self._mute():
-                self.game.options = [(f"{task} ({game})", game) for game, task in shared.items()]
+                _offer(self.game, [(f"{task} ({game})", game) for game, task in shared.items()])
         return self._recorded
 
     def _curves(self) -> tuple[go.Figure, pd.DataFrame]:
@@ -642,6 +644,9 @@ class RunComparer(_Inspector):
 
     def details(self) -> str:
         return pages.table_html(self.table())
+
+    def page(self) -> list[str]:
+        return []
 
     def digest(self) -> str:
         seeds = sum(len(seeds) for seeds in self.runs.values())
@@ -720,3 +725,6 @@ class LiveMonitor(_Inspector):
 
     def details(self) -> str:
         return f"<b>{escape(self.digest())}</b>{pages.table_html(self.table())}"
+
+    def page(self) -> list[str]:
+        return []

@@ -90,8 +90,8 @@ def test_rollouts_of_a_file_and_of_trajectories_at_hand(run, tmp_path):
         ("ABbCcDdd", {}, ["out of turns"]),  # 1 of 3
         ("ABbC", {}, ["out of turns"]),  # 1 of 2 is not more than half; the last one has just begun
         ("Aab", {}, ["drift", "out of turns"]),  # another subgoal on KEEP
-        ("AaBbAaBb", {}, ["drift", "out of turns"]),  # a and b again
-        ("AaBbAa", {}, ["out of turns"]),
+        ("AaBbAaBbAa", {}, ["drift", "out of turns"]),  # a, b and a again
+        ("AaBbAaBb", {}, ["out of turns"]),  # as one does to put two things away
         ("AaAaAa", {}, ["out of turns"]),  # SWITCH to the same subgoal gives nothing up
     ],
 )
