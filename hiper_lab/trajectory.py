@@ -23,7 +23,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hiper_lab.credit import TurnGrid, Values
+from hiper_lab.flat import anchor_states
+from hiper_lab.grid import TurnGrid, Values
 from hiper_lab.protocol import Role
 
 # 1: the first. 2: adds Turn.pieces and Trajectory.task_type, both empty in older records.
@@ -113,8 +114,11 @@ def boundaries(trajectory: Trajectory) -> list[bool]:
     return [i == 0 or turn.switch for i, turn in enumerate(trajectory.turns)]
 
 
-def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
+def to_grid(trajectories: list[Trajectory], anchor_similarity: float = 1.0) -> TurnGrid:
     """Lay trajectories out as ``[traj, turn]`` tensors, padded on the right.
+
+    Trajectories of one ``game`` are one group, and turns of a group with one ``observation`` one
+    state (or similar ones, see `hiper_lab.flat.anchor_states`).
 
     Raises:
         ValueError: If there are no trajectories, or one has no turns.
@@ -125,8 +129,8 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
             f"expected trajectories with at least one turn, got {empty or 'none at all'}"
         )
 
-    def grid(rows: Iterable[list], dtype: torch.dtype) -> torch.Tensor:
-        rows = [torch.tensor(row, dtype=dtype) for row in rows]
+    def grid(rows: Iterable, dtype: torch.dtype) -> torch.Tensor:
+        rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def same(trajectory: Trajectory) -> list[bool]:
@@ -134,6 +138,14 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
         return [i > 0 and subgoals[i] == subgoals[i - 1] for i in range(len(subgoals))]
 
     turns = [t.turns for t in trajectories]
+    length = torch.tensor([len(row) for row in turns])
+    games = list(dict.fromkeys(t.game for t in trajectories))
+    group = torch.tensor([games.index(t.game) for t in trajectories])
+    state = anchor_states(
+        [turn.observation for row in turns for turn in row],
+        group.repeat_interleave(length).tolist(),
+        anchor_similarity,
+    )
     return TurnGrid(
         reward=grid(([t.reward for t in row] for row in turns), torch.float32),
         switch=grid(([t.switch for t in row] for row in turns), torch.bool),
@@ -144,7 +156,9 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
         ),
         same_subgoal=grid(map(same, trajectories), torch.bool),
         terminated=torch.tensor([t.end.terminated for t in trajectories]),
-        length=torch.tensor([len(row) for row in turns]),
+        length=length,
+        group=group,
+        state=grid(torch.tensor(state).split(length.tolist()), torch.long),
     )
 
 
