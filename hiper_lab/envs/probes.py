@@ -32,7 +32,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
+from hiper_lab.credit import hae
+from hiper_lab.flat import gae
+from hiper_lab.grid import Credit, CreditConfig, TurnGrid, Values
 from hiper_lab.scan import reverse_scan
 
 LOGITS = ("switch_logit", "subgoal_logit", "action_logit")
@@ -341,7 +343,7 @@ def gradient_statistics(
     Example:
         >>> trajectories = enumerate_trajectories(kitchen())
         >>> values = read_values(trajectories, exact_values(kitchen()))
-        >>> credit = estimate(trajectories.grid, values, CreditConfig.paper())
+        >>> credit = hae(trajectories.grid, values, CreditConfig.paper())
         >>> statistics = gradient_statistics(trajectories, credit)
         >>> statistics.bias < 1e-12, round(statistics.trace, 4)
         (True, 0.3675)
@@ -364,8 +366,7 @@ def whiten_population(trajectories: Trajectories, credit: Credit) -> Credit:
 
     >>> trajectories = enumerate_trajectories(kitchen())
     >>> values = read_values(trajectories, exact_values(kitchen()))
-    >>> config = CreditConfig(gamma=1.0, lam_low=1.0, lam_boundary=0.0)
-    >>> credit = estimate(trajectories.grid, values, config)
+    >>> credit = hae(trajectories.grid, values, CreditConfig.upstream())
     >>> credit = whiten_population(trajectories, credit)
     >>> round(gradient_statistics(trajectories, credit).cosine, 4)
     0.9955
@@ -401,8 +402,11 @@ def vine_ppo(trajectories: Trajectories, values: Values, rollouts: int) -> Gradi
     Source: Kazemnejad et al. 2024, arXiv:2410.01679 (which has γ = 1 and K = 9).
     """
     mdp, seen = trajectories.mdp, (trajectories.turn, trajectories.state, trajectories.previous)
-    config = CreditConfig(gamma=mdp.gamma, lam_low=0.0, estimator="gae")
-    flat = estimate(trajectories.grid, values._replace(high=values.switch), config)
+    flat = gae(
+        trajectories.grid,
+        values._replace(high=values.switch),
+        CreditConfig(gamma=mdp.gamma, lam_low=0.0),
+    )
     exact = gradient_statistics(trajectories, flat)
     variance = _variance(trajectories, returns(trajectories), *seen)
     weight = trajectories.probability[:, None] * mdp.gamma ** (2.0 * trajectories.turn) * variance
@@ -430,35 +434,34 @@ def theory_table(mdp: OptionMDP) -> pd.DataFrame:
     anchor = to_go - conditional_mean(trajectories, to_go, state)
     seen = values._replace(high=values.switch)
     blind = values._replace(high=conditional_mean(trajectories, values.switch, turn, state))
+    flat = CreditConfig(gamma=mdp.gamma, lam_boundary=0.0, switch_advantage="return")
+    paper = replace(flat, switch_advantage="value")
 
-    def credit(values: Values, form: str, low: float, high: float = 1.0) -> Credit:
-        config = CreditConfig(mdp.gamma, lam_low=low, lam_high=high, lam_boundary=0.0)
-        if form == "flat":
-            return estimate(grid, values, replace(config, estimator="gae"))
-        return estimate(grid, values, replace(config, switch_advantage=form))
+    def lam(config: CreditConfig, low: float, high: float = 1.0) -> CreditConfig:
+        return replace(config, lam_low=low, lam_high=high)
 
     taken = exact.action[turn, state, trajectories.subgoal, trajectories.action]
     rows = {
-        "exact advantages": credit(values, "value", 1)._replace(
+        "exact advantages": hae(grid, values, paper)._replace(
             high=values.low - values.high, low=taken - values.low
         ),
         "REINFORCE": _same(whole),
         "reward-to-go": _same(to_go),
         "RLOO, GRPO": _same(episode),
         "GiGPO": _same((episode + anchor) / 2),
-        "GAE 1, V(s)": credit(blind, "flat", 1),
-        "GAE 1, V(s, g)": credit(seen, "flat", 1),
-        "GAE 0.95, V(s)": credit(blind, "flat", 0.95),
-        "GAE 0.95, V(s, g)": credit(seen, "flat", 0.95),
-        "GAE 0, V(s)": credit(blind, "flat", 0),
-        "GAE 0, V(s, g)": credit(seen, "flat", 0),
-        "HAE (1, 1) paper": credit(values, "value", 1, 1),
-        "HAE (1, 1) released": credit(values, "return", 1, 1),
-        "HAE (1, 0.95) released": credit(values, "return", 1, 0.95),
-        "HAE (0.95, 0.95) paper": credit(values, "value", 0.95, 0.95),
-        "HAE (0, 0) paper": credit(values, "value", 0, 0),
+        "GAE 1, V(s)": gae(grid, blind, lam(flat, 1)),
+        "GAE 1, V(s, g)": gae(grid, seen, lam(flat, 1)),
+        "GAE 0.95, V(s)": gae(grid, blind, lam(flat, 0.95)),
+        "GAE 0.95, V(s, g)": gae(grid, seen, lam(flat, 0.95)),
+        "GAE 0, V(s)": gae(grid, blind, lam(flat, 0)),
+        "GAE 0, V(s, g)": gae(grid, seen, lam(flat, 0)),
+        "HAE (1, 1) paper": hae(grid, values, lam(paper, 1, 1)),
+        "HAE (1, 1) released": hae(grid, values, lam(flat, 1, 1)),
+        "HAE (1, 0.95) released": hae(grid, values, lam(flat, 1, 0.95)),
+        "HAE (0.95, 0.95) paper": hae(grid, values, lam(paper, 0.95, 0.95)),
+        "HAE (0, 0) paper": hae(grid, values, lam(paper, 0, 0)),
     }
-    statistics = {name: gradient_statistics(trajectories, row) for name, row in rows.items()}
+    statistics = {name: gradient_statistics(trajectories, credit) for name, credit in rows.items()}
     statistics |= {f"VinePPO K={k}": vine_ppo(trajectories, values, k) for k in (9, 1)}
     return pd.DataFrame.from_dict(statistics, orient="index").drop(columns=["mean", "variance"])
 
@@ -487,8 +490,8 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
         gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0, switch_advantage="return"
     )
     cases = [
-        ("flat", "", replace(one, estimator="gae")),
-        ("flat", "λ 0.95", replace(one, estimator="gae", lam_low=0.95)),
+        ("flat", "", one),
+        ("flat", "λ 0.95", replace(one, lam_low=0.95)),
         ("high", "", one),
         ("high", "λᴴ 0.95", replace(one, lam_high=0.95)),
         ("low", "", one),
@@ -503,8 +506,9 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
     for level, name, config in cases:
         for head, values in critics.items():
             if level == "flat":
-                values = values._replace(high=values.switch)
-            credit = estimate(trajectories.grid, values, config)
+                credit = gae(trajectories.grid, values._replace(high=values.switch), config)
+            else:
+                credit = hae(trajectories.grid, values, config)
             error = gradient_statistics(trajectories, credit).mean - trajectories.gradient
             if level != "flat":
                 error = _levels(mdp, error)[("switch", "high", "low").index(level)]
@@ -537,7 +541,7 @@ def variance_identity(mdp: OptionMDP) -> pd.DataFrame:
     ahead = [pad(x[:, 1:], (0, 1)) * mdp.gamma**2 for x in (opened, within)]
     table = {
         "flat": _variance(trajectories, to_go, turn, state),
-        "hae": _variance(trajectories, estimate(grid, values, config).low, turn, state),
+        "hae": _variance(trajectories, hae(grid, values, config).low, turn, state),
         "bootstrap": conditional_mean(trajectories, reverse_scan(*ahead), turn, state),
         "conditioning": _variance(trajectories, values.low, turn, state),
     }
