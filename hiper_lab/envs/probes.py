@@ -32,9 +32,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from hiper_lab.credit import hae
-from hiper_lab.flat import gae
-from hiper_lab.grid import Credit, CreditConfig, TurnGrid, Values
+from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.scan import reverse_scan
 
 LOGITS = ("switch_logit", "subgoal_logit", "action_logit")
@@ -343,7 +341,7 @@ def gradient_statistics(
     Example:
         >>> trajectories = enumerate_trajectories(kitchen())
         >>> values = read_values(trajectories, exact_values(kitchen()))
-        >>> credit = hae(trajectories.grid, values, CreditConfig.paper())
+        >>> credit = estimate(trajectories.grid, values, CreditConfig.paper())
         >>> statistics = gradient_statistics(trajectories, credit)
         >>> statistics.bias < 1e-12, round(statistics.trace, 4)
         (True, 0.3675)
@@ -366,7 +364,8 @@ def whiten_population(trajectories: Trajectories, credit: Credit) -> Credit:
 
     >>> trajectories = enumerate_trajectories(kitchen())
     >>> values = read_values(trajectories, exact_values(kitchen()))
-    >>> credit = hae(trajectories.grid, values, CreditConfig.upstream())
+    >>> config = CreditConfig(gamma=1.0, lam_low=1.0, lam_boundary=0.0)
+    >>> credit = estimate(trajectories.grid, values, config)
     >>> credit = whiten_population(trajectories, credit)
     >>> round(gradient_statistics(trajectories, credit).cosine, 4)
     0.9955
@@ -402,11 +401,8 @@ def vine_ppo(trajectories: Trajectories, values: Values, rollouts: int) -> Gradi
     Source: Kazemnejad et al. 2024, arXiv:2410.01679 (which has γ = 1 and K = 9).
     """
     mdp, seen = trajectories.mdp, (trajectories.turn, trajectories.state, trajectories.previous)
-    flat = gae(
-        trajectories.grid,
-        values._replace(high=values.switch),
-        CreditConfig(gamma=mdp.gamma, lam_low=0.0),
-    )
+    config = CreditConfig(gamma=mdp.gamma, lam_low=0.0, estimator="gae")
+    flat = estimate(trajectories.grid, values._replace(high=values.switch), config)
     exact = gradient_statistics(trajectories, flat)
     variance = _variance(trajectories, returns(trajectories), *seen)
     weight = trajectories.probability[:, None] * mdp.gamma ** (2.0 * trajectories.turn) * variance
@@ -434,34 +430,35 @@ def theory_table(mdp: OptionMDP) -> pd.DataFrame:
     anchor = to_go - conditional_mean(trajectories, to_go, state)
     seen = values._replace(high=values.switch)
     blind = values._replace(high=conditional_mean(trajectories, values.switch, turn, state))
-    flat = CreditConfig(gamma=mdp.gamma, lam_boundary=0.0, switch_advantage="return")
-    paper = replace(flat, switch_advantage="value")
 
-    def lam(config: CreditConfig, low: float, high: float = 1.0) -> CreditConfig:
-        return replace(config, lam_low=low, lam_high=high)
+    def credit(values: Values, form: str, low: float, high: float = 1.0) -> Credit:
+        config = CreditConfig(mdp.gamma, lam_low=low, lam_high=high, lam_boundary=0.0)
+        if form == "flat":
+            return estimate(grid, values, replace(config, estimator="gae"))
+        return estimate(grid, values, replace(config, switch_advantage=form))
 
     taken = exact.action[turn, state, trajectories.subgoal, trajectories.action]
     rows = {
-        "exact advantages": hae(grid, values, paper)._replace(
+        "exact advantages": credit(values, "value", 1)._replace(
             high=values.low - values.high, low=taken - values.low
         ),
         "REINFORCE": _same(whole),
         "reward-to-go": _same(to_go),
         "RLOO, GRPO": _same(episode),
         "GiGPO": _same((episode + anchor) / 2),
-        "GAE 1, V(s)": gae(grid, blind, lam(flat, 1)),
-        "GAE 1, V(s, g)": gae(grid, seen, lam(flat, 1)),
-        "GAE 0.95, V(s)": gae(grid, blind, lam(flat, 0.95)),
-        "GAE 0.95, V(s, g)": gae(grid, seen, lam(flat, 0.95)),
-        "GAE 0, V(s)": gae(grid, blind, lam(flat, 0)),
-        "GAE 0, V(s, g)": gae(grid, seen, lam(flat, 0)),
-        "HAE (1, 1) paper": hae(grid, values, lam(paper, 1, 1)),
-        "HAE (1, 1) released": hae(grid, values, lam(flat, 1, 1)),
-        "HAE (1, 0.95) released": hae(grid, values, lam(flat, 1, 0.95)),
-        "HAE (0.95, 0.95) paper": hae(grid, values, lam(paper, 0.95, 0.95)),
-        "HAE (0, 0) paper": hae(grid, values, lam(paper, 0, 0)),
+        "GAE 1, V(s)": credit(blind, "flat", 1),
+        "GAE 1, V(s, g)": credit(seen, "flat", 1),
+        "GAE 0.95, V(s)": credit(blind, "flat", 0.95),
+        "GAE 0.95, V(s, g)": credit(seen, "flat", 0.95),
+        "GAE 0, V(s)": credit(blind, "flat", 0),
+        "GAE 0, V(s, g)": credit(seen, "flat", 0),
+        "HAE (1, 1) paper": credit(values, "value", 1, 1),
+        "HAE (1, 1) released": credit(values, "return", 1, 1),
+        "HAE (1, 0.95) released": credit(values, "return", 1, 0.95),
+        "HAE (0.95, 0.95) paper": credit(values, "value", 0.95, 0.95),
+        "HAE (0, 0) paper": credit(values, "value", 0, 0),
     }
-    statistics = {name: gradient_statistics(trajectories, credit) for name, credit in rows.items()}
+    statistics = {name: gradient_statistics(trajectories, row) for name, row in rows.items()}
     statistics |= {f"VinePPO K={k}": vine_ppo(trajectories, values, k) for k in (9, 1)}
     return pd.DataFrame.from_dict(statistics, orient="index").drop(columns=["mean", "variance"])
 
@@ -490,8 +487,8 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
         gamma=mdp.gamma, lam_low=1.0, lam_high=1.0, lam_boundary=0.0, switch_advantage="return"
     )
     cases = [
-        ("flat", "", one),
-        ("flat", "λ 0.95", replace(one, lam_low=0.95)),
+        ("flat", "", replace(one, estimator="gae")),
+        ("flat", "λ 0.95", replace(one, estimator="gae", lam_low=0.95)),
         ("high", "", one),
         ("high", "λᴴ 0.95", replace(one, lam_high=0.95)),
         ("low", "", one),
@@ -506,9 +503,8 @@ def critic_table(mdp: OptionMDP, std: float = 0.15, seed: int = 0) -> pd.DataFra
     for level, name, config in cases:
         for head, values in critics.items():
             if level == "flat":
-                credit = gae(trajectories.grid, values._replace(high=values.switch), config)
-            else:
-                credit = hae(trajectories.grid, values, config)
+                values = values._replace(high=values.switch)
+            credit = estimate(trajectories.grid, values, config)
             error = gradient_statistics(trajectories, credit).mean - trajectories.gradient
             if level != "flat":
                 error = _levels(mdp, error)[("switch", "high", "low").index(level)]
@@ -541,7 +537,7 @@ def variance_identity(mdp: OptionMDP) -> pd.DataFrame:
     ahead = [pad(x[:, 1:], (0, 1)) * mdp.gamma**2 for x in (opened, within)]
     table = {
         "flat": _variance(trajectories, to_go, turn, state),
-        "hae": _variance(trajectories, hae(grid, values, config).low, turn, state),
+        "hae": _variance(trajectories, estimate(grid, values, config).low, turn, state),
         "bootstrap": conditional_mean(trajectories, reverse_scan(*ahead), turn, state),
         "conditioning": _variance(trajectories, values.low, turn, state),
     }
@@ -554,8 +550,8 @@ def returns(trajectories: Trajectories) -> Float[Tensor, "traj turn"]:
     """Discounted reward from each turn on, the G of every equation here.
 
     >>> trajectories = enumerate_trajectories(kitchen())
-    >>> returns(trajectories)[0]  # the shortest way: grab, put
-    tensor([0.9600, 0.9800, 0.0000, 0.0000], dtype=torch.float64)
+    >>> returns(trajectories)[0, :2]  # the shortest way: grab, put
+    tensor([0.9600, 0.9800], dtype=torch.float64)
     """
     reward = trajectories.grid.reward
     return reverse_scan(reward, torch.full_like(reward, trajectories.mdp.gamma))
