@@ -62,7 +62,8 @@ def random_grid(seed, traj=6, turn=11, dtype=torch.float64):
         numbers(), switch, boundary, flags(), flags(), flags() & ~first, terminated, length
     )
     grid = grid._replace(
-        group=torch.arange(traj) % (traj // 2), state=torch.randint(0, 4, (traj, turn), generator=g)
+        group=torch.arange(traj) % max(1, traj // 2),
+        state=torch.randint(0, 4, (traj, turn), generator=g),
     )
     final = torch.randn(traj, generator=g, dtype=torch.float64).to(dtype)
     return grid, Values(numbers(), numbers(), numbers(), final), real
