@@ -25,8 +25,8 @@ test: $(VENV)/.installed  ## lint, then every test, doctest and checked notebook
 lab: $(VENV)/.installed  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 
-bench: $(VENV)/.installed  ## print speed ratios, measured side by side
-	@set -e; for script in benchmarks/bench_*.py; do $(PY) $$script; done
+bench: $(VENV)/.installed  ## measure speed as ratios, side by side; writes benchmarks/results
+	@set -e; for script in benchmarks/*.py; do $(PY) $$script; done
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def reverse_scan(
@@ -111,9 +110,10 @@ def _loop(b: Tensor, c: Tensor) -> Tensor:
 
 def _doubling(b: Tensor, c: Tensor) -> Tensor:
     """Each pass doubles how many turns ahead y already sums: 1, 2, 4, ... columns."""
-    y, step = b, 1
+    y, c, step = b, c[..., :-1], 1
     while step < b.shape[-1]:
-        y = y + c * pad(y[..., step:], (0, step))
-        c = c * pad(c[..., step:], (0, step))
+        ahead, y = y[..., step:], y.clone()
+        y[..., :-step].addcmul_(c, ahead)
+        c = c[..., :-step] * c[..., step:]  # from here two such steps ahead, where there are two
         step *= 2
     return y
