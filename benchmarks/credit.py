@@ -1,11 +1,14 @@
 """How fast credit is, next to loops over elements in the style of the published code.
 
 Both sides compute the same numbers, which is checked before anything is timed. They take turns on
-the same inputs in one run, and the fastest repetition of each counts. Results go to
-``results/credit.json`` and into the table of ``README.md``, both beside this file.
+the same inputs in one run, and the fastest repetition of each counts, in seconds of one core (not
+of the clock: others may use the machine). Results go to ``results/credit.json`` and into the table
+of ``README.md``, both beside this file.
 
-The loops are our own, kinder than the originals: one pass over the turns where those nest three
-levels deep, and masks are given where those decode every token to find them.
+The loops are our own, in two manners. `tensor_loops` go as the published code does: trajectories,
+segments, turns, one level after the other, each number an element of a tensor. `float_loops` are as
+good as such loops get: one pass for all levels, in Python floats. Masks are given to both, where
+the original decodes every token to find them.
 """
 
 import json
@@ -13,6 +16,8 @@ import math
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -77,8 +82,45 @@ def random_table(seed: int = 0) -> tuple[pd.DataFrame, torch.Tensor]:
 # --------------------------------------------------------------------------------- both sides
 
 
-def loop_credit(grid: TurnGrid, values: Values) -> torch.Tensor:
-    """High, low and switch advantages one number at a time, straight from the equations."""
+def tensor_loops(grid: TurnGrid, values: Values) -> torch.Tensor:
+    """High, low and switch advantages, level by level, from and into elements of tensors."""
+    gamma, out = CONFIG.gamma, torch.zeros(3, *grid.reward.shape)
+    for b in range(len(grid.length)):
+        turns, start = int(grid.length[b]), 0
+        segments = []
+        for t in range(1, turns + 1):
+            if t == turns or grid.boundary[b, t]:
+                segments.append((start, t))
+                start = t
+        cut = torch.zeros(()) if grid.terminated[b] else values.final[b]
+        arrivals, next_value, next_advantage = [], cut, torch.zeros(())
+        for start, end in reversed(segments):
+            arrivals.insert(0, next_value + CONFIG.lam_boundary * next_advantage)
+            inside = torch.zeros(())
+            for t in range(start, end):
+                inside = inside + gamma ** (t - start) * grid.reward[b, t]
+            weight = gamma ** (end - start)
+            delta = inside + weight * next_value - values.high[b, start]
+            next_advantage = delta + weight * CONFIG.lam_high * next_advantage
+            next_value = values.high[b, start]
+            out[0, b, start] = next_advantage
+        for (start, end), arrival in zip(segments, arrivals, strict=True):
+            advantage, next_value = torch.zeros(()), arrival
+            for t in reversed(range(start, end)):
+                delta = grid.reward[b, t] + gamma * next_value - values.low[b, t]
+                advantage = delta + gamma * CONFIG.lam_low * advantage
+                next_value = values.low[b, t]
+                out[1, b, t] = advantage
+        for (start, end), arrival in zip(segments, arrivals, strict=True):
+            following = arrival
+            for t in reversed(range(start, end)):
+                following = grid.reward[b, t] + gamma * following
+                out[2, b, t] = following - values.switch[b, t]
+    return out
+
+
+def float_loops(grid: TurnGrid, values: Values) -> torch.Tensor:
+    """The same in a single pass, with Python floats in between."""
     gamma, out = CONFIG.gamma, torch.zeros(3, *grid.reward.shape)
     for b in range(len(grid.length)):
         final = 0.0 if grid.terminated[b] else float(values.final[b])
@@ -110,8 +152,8 @@ def scan_credit(grid: TurnGrid, values: Values) -> torch.Tensor:
     return torch.stack([credit.high, credit.low, credit.switch])
 
 
-def loop_turns(turns: pd.DataFrame) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Credit of a table's rows [level, traj, turn], and where each row is, by loops."""
+def loop_turns(turns: pd.DataFrame) -> tuple[TurnGrid, Values, list[tuple[int, int]]]:
+    """A table as a grid, and where in it each row is, by loops."""
     columns = {name: turns[name].tolist() for name in turns}
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(columns["traj"]):
@@ -127,21 +169,17 @@ def loop_turns(turns: pd.DataFrame) -> tuple[torch.Tensor, list[tuple[int, int]]
             for name, value in zip(("v_high", "v_low", "v_switch"), values[:3], strict=True):
                 value[b, t] = columns[name][row]
         grid.terminated[b] = columns["done"][row]
-    return loop_credit(grid, values), where
+    return grid, values, where
 
 
-def loop_step(turns: pd.DataFrame, level: torch.Tensor, by_token: bool) -> torch.Tensor:
-    """From the table to per-token advantages, row by row or token by token."""
-    credit, where = loop_turns(turns)
+def loop_step(turns: pd.DataFrame, level: torch.Tensor, loops: Callable) -> torch.Tensor:
+    """From the table to per-token advantages; the masked writes take a whole row at a time."""
+    grid, values, where = loop_turns(turns)
+    credit = loops(grid, values)
     out = torch.zeros(level.shape)
     for row, (b, t) in enumerate(where):
-        if by_token:
-            for j, k in enumerate(level[row].tolist()):
-                if k != NO_LEVEL:
-                    out[row, j] = credit[k, b, t]
-        else:
-            for k in range(len(LEVELS)):
-                out[row] += credit[k, b, t] * (level[row] == k)
+        for k in range(len(LEVELS)):
+            out[row] += credit[k, b, t] * (level[row] == k)
     return out
 
 
@@ -154,15 +192,15 @@ def scan_step(turns: pd.DataFrame, level: torch.Tensor) -> torch.Tensor:
 
 
 def fastest(ways: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Seconds of each way's fastest repetition; taking turns, so that all meet the same machine."""
+    """CPU seconds of each way's fastest repetition, taking turns, for ``seconds`` each."""
     best = dict.fromkeys(ways, math.inf)
     spent = dict.fromkeys(ways, 0.0)
     while any(s < seconds for s in spent.values()):
         for name, run in ways.items():
             if spent[name] < seconds:
-                start = time.perf_counter()
+                start = time.process_time()
                 run()
-                took = time.perf_counter() - start
+                took = time.process_time() - start
                 best[name], spent[name] = min(best[name], took), spent[name] + took
     return best
 
@@ -172,50 +210,59 @@ def size_of(*containers: tuple) -> int:
     return sum(x.nbytes for c in containers for x in c if x is not None)
 
 
-def peak_memory(run: Callable) -> int | None:
-    """Bytes that the process needs at most while it runs, beyond what it holds before (Linux)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
+def memory_over_inputs() -> float:
+    """Most memory that credit of the largest size needs at a time, in sizes of its inputs."""
+    grid, values = random_grid(SIZES[-1] // TURN, TURN)
+    estimate(*random_grid(2000, TURN), CONFIG)  # loads whatever is loaded once
 
     def kilobytes(name: str) -> int:
-        return int(re.search(rf"{name}:\s+(\d+) kB", status.read_text())[1])
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = kilobytes("VmRSS")
-    run()
-    return 1024 * (kilobytes("VmHWM") - before)
+    estimate(grid, values, CONFIG)
+    return 1024 * (kilobytes("VmHWM") - before) / size_of(grid, values)
+
+
+def in_fresh_process(flag: str) -> float | None:
+    """The number this script prints for ``flag``, where freed memory really goes back."""
+    if platform.system() != "Linux":
+        return None
+    command = [sys.executable, __file__, flag]
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(subprocess.run(command, env=environ, check=True, capture_output=True).stdout)
 
 
 def on_cpu() -> dict:
     """Turn-level credit and the whole step at the published size, and growth with size."""
     grid, values = random_grid(TRAJ, TURN)
-    torch.testing.assert_close(
-        scan_credit(grid, values), loop_credit(grid, values), atol=2e-5, rtol=0
-    )
-    ways = {"loops": loop_credit, "library": scan_credit}
-    result = {"turn level": fastest({k: partial(f, grid, values) for k, f in ways.items()}, 2)}
     turns, level = random_table()
-    steps = {
-        "loops, row by row": partial(loop_step, turns, level, by_token=False),
-        "loops, token by token": partial(loop_step, turns, level, by_token=True),
-        "library": partial(scan_step, turns, level),
-    }
-    expected = steps["library"]()
-    for run in steps.values():
-        torch.testing.assert_close(run(), expected, atol=2e-5, rtol=0)
-    result["whole step"] = fastest(steps, 3)
+    result = {}
+    for name, ways in {
+        "turn-level credit": {
+            "tensor loops": partial(tensor_loops, grid, values),
+            "float loops": partial(float_loops, grid, values),
+            "library": partial(scan_credit, grid, values),
+        },
+        "table to tokens": {
+            "tensor loops": partial(loop_step, turns, level, tensor_loops),
+            "float loops": partial(loop_step, turns, level, float_loops),
+            "library": partial(scan_step, turns, level),
+        },
+    }.items():
+        expected = ways["library"]()
+        for run in ways.values():
+            torch.testing.assert_close(run(), expected, atol=2e-5, rtol=0)
+        result[name] = fastest(ways, 3)
     result["sizes"] = []
     for size in SIZES:
         grid, values = random_grid(size // TURN, TURN)
         ways = {"library": partial(estimate, grid, values, CONFIG)}
         if size <= LOOPS_UP_TO:
-            ways["loops"] = partial(loop_credit, grid, values)
-        row = {"turns": size} | fastest(ways, 1)
-        row["memory over inputs"] = None
-        if size == SIZES[-1] and (peak := peak_memory(ways["library"])) is not None:
-            row["memory over inputs"] = peak / size_of(grid, values)
-        result["sizes"].append(row)
+            ways["loops"] = partial(tensor_loops, grid, values)
+        result["sizes"].append({"turns": size} | fastest(ways, 1))
+    result["memory over inputs"] = in_fresh_process("--memory")
     result["methods"] = []
     for shape in [
         (16, 50),
@@ -252,13 +299,13 @@ def on_gpu() -> list[dict]:
         source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         row = {"turns": size, "bytes moved": moved, "launches": launches(kernel)}
-        row |= {"kernel": by_events(kernel), "copy": by_events(lambda: target.copy_(source))}
+        row |= {"kernel": by_events(kernel), "copy": by_events(partial(target.copy_, source))}
         row["hae"] = by_events(partial(hae, grid, values, CONFIG))
         if size <= LOOPS_UP_TO:
-            start = time.perf_counter()
-            expected = loop_credit(grid, values)
-            row["loops"] = time.perf_counter() - start
-            credit = hae(grid, values, CONFIG)
+            same = TurnGrid(*(x if x is None else x.cpu() for x in grid))
+            loops = partial(tensor_loops, same, Values(*(v.cpu() for v in values)))
+            row |= fastest({"loops": loops}, 1)
+            expected, credit = loops(), hae(grid, values, CONFIG)
             got = torch.stack([credit.high, credit.low, credit.switch]).cpu()
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
         rows.append(row)
@@ -293,31 +340,30 @@ def launches(run: Callable) -> int:
 def report(result: dict) -> str:
     """The results as Markdown."""
     cpu = result["cpu"]
-    turn, step = cpu["turn level"], cpu["whole step"]
     lines = [
         f"Measured on {result['machine']}, torch {result['torch']}, one thread.", "",
         f"| {TRAJ} trajectories × {TURN} turns × {TOKEN} tokens | loops | library | ratio |",
         "|---|---|---|---|",
-        row_of("turn-level credit", turn["loops"], turn["library"]),
-        row_of("table to tokens, loops row by row", step["loops, row by row"], step["library"]),
-        row_of("table to tokens, loops token by token", step["loops, token by token"],
-               step["library"]),
-        "", "| turns | loops | library | ratio | library per turn |", "|---|---|---|---|---|",
+        *(row_of(f"{step}, against {loops}", cpu[step][loops], cpu[step]["library"])
+          for step in ("turn-level credit", "table to tokens")
+          for loops in ("tensor loops", "float loops")),
+        "", "| turns | tensor loops | library | ratio | library per turn |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     for row in cpu["sizes"]:
         each = f" {row['library'] / row['turns'] * 1e9:,.0f} ns |"
         lines.append(row_of(f"{row['turns']:,}", row.get("loops"), row["library"]) + each)
-    if (memory := cpu["sizes"][-1]["memory over inputs"]) is not None:
-        lines += ["", f"At {SIZES[-1]:,} turns the library needs at its peak {memory:.1f} times the "
-                  "memory of its inputs, results included."]  # fmt: skip
+    if memory := cpu["memory over inputs"]:
+        lines += ["", f"At {SIZES[-1]:,} turns the library needs, results included, at most "
+                  f"{memory:.1f} times the memory of its inputs."]  # fmt: skip
     lines += ["", "| trajectories × turns | loop | doubling | chosen |", "|---|---|---|---|"]
     for row in cpu["methods"]:
         shape = " × ".join(map(str, row["shape"]))
         lines.append(f"| {shape} | {ms(row['loop'])} | {ms(row['doubling'])} | {row['chosen']} |")
     if not result["gpu"]:
         return "\n".join([*lines, "", "No GPU was there: the kernel has not been timed."])
-    lines += ["", "| turns on the GPU | launches | kernel | copy of as many bytes | kernel ÷ copy | "
-              "`hae`, checks included | loops on the GPU |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["", "| turns on the GPU | launches | kernel | copy of as many bytes | ratio |"
+              " `hae`, checked | loops on the CPU |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in result["gpu"]:
         loops = ms(row["loops"]) if "loops" in row else ""
         lines.append(
@@ -339,6 +385,9 @@ def row_of(name: str, loops: float | None, library: float) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
+    if "--memory" in sys.argv:
+        print(memory_over_inputs())
+        return
     gpu = torch.cuda.is_available()
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     result = {

@@ -77,7 +77,7 @@ def choose_method(
       is then one launch, and so is the whole of `hiper_lab.credit.hae`.
     - Any other accelerator, or triton unfit: ``"doubling"``, for its ⌈log₂ T⌉ passes over the whole
       grid are few launches.
-    - A CPU, from 256 trajectories on: ``"loop"``. It does the least arithmetic, T passes over one
+    - A CPU, from 1,000 trajectories on: ``"loop"``. It does the least arithmetic, T passes over one
       column each, in no memory but the result's.
     - A CPU, fewer trajectories: ``"doubling"``, since starting a pass costs more than the pass.
 
@@ -89,7 +89,7 @@ def choose_method(
     'loop'
     """
     if device.type == "cpu":
-        return "loop" if math.prod(shape[:-1]) >= 256 else "doubling"
+        return "loop" if math.prod(shape[:-1]) >= 1000 else "doubling"
     fits = device.type == "cuda" and dtype == torch.float32 and shape[-1] <= 1024
     return "triton" if fits and _has_triton() else "doubling"
 

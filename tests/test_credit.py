@@ -638,7 +638,7 @@ def test_explanations_add_up(seed, config, level, data):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_explanations_of_single_precision_and_large_batches(estimator):
-    grid, values, _ = random_grid(1, traj=300, turn=6)  # so many that estimate loops over columns
+    grid, values, _ = random_grid(1, traj=1100, turn=6)  # so many that estimate loops over columns
     config = replace(CreditConfig.upstream(), estimator=estimator)
     single = grid._replace(reward=grid.reward.float()), Values(*(v.float() for v in values))
     terms = explain(*single, config, 7, 0, "switch")
