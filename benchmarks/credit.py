@@ -2,8 +2,11 @@
 
 Both sides compute the same numbers, which is checked before anything is timed. They take turns on
 the same inputs in one run, and the fastest repetition of each counts, in seconds of one core (not
-of the clock: others may use the machine). Results go to ``results/credit.json`` and into the table
-of ``README.md``, both beside this file.
+of the clock: others may use the machine).
+
+    python benchmarks/credit.py --out benchmarks/results/credit.json
+
+writes the numbers there and the tables into ``README.md`` beside this file.
 
 The loops are our own, in two manners. `tensor_loops` go as the published code does: trajectories,
 segments, turns, one level after the other, each number an element of a tensor. `float_loops` are as
@@ -11,6 +14,7 @@ good as such loops get: one pass for all levels, in Python floats. Masks are giv
 the original decodes every token to find them.
 """
 
+import argparse
 import json
 import math
 import os
@@ -385,7 +389,11 @@ def row_of(name: str, loops: float | None, library: float) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if "--memory" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the numbers here, and README.md's tables")
+    parser.add_argument("--memory", action="store_true", help="print peak memory over inputs only")
+    arguments = parser.parse_args()
+    if arguments.memory:
         print(memory_over_inputs())
         return
     gpu = torch.cuda.is_available()
@@ -396,8 +404,9 @@ def main() -> None:
     }  # fmt: skip
     text = report(result)
     print(text)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "credit.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.out is None:
+        return
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     readme = HERE / "README.md"
     pattern = r"(<!-- credit.py -->\n).*(<!-- end -->)"
     updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
