@@ -145,7 +145,8 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         Sutton, Precup & Singh 1999 (options). Indices follow HiPER: rₜ follows aₜ.
     """
     real, last, crossing = layout(grid, values)
-    if choose_method(real.shape, real.device, numbers(grid.reward).dtype) == "triton":
+    dtype = torch.promote_types(numbers(grid.reward).dtype, values.low.dtype)
+    if choose_method(real.shape, real.device, dtype) == "triton":
         return _hae_on_gpu(grid, values, config)
     inside, boundary = real & ~last & ~crossing, real & grid.boundary
     reward = torch.where(real, numbers(grid.reward), 0)

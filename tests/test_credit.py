@@ -254,6 +254,23 @@ def test_each_estimator_equals_the_reference(estimator):
         assert_equals_the_reference(trajectories, replace(config, estimator=estimator))
 
 
+@pytest.mark.parametrize("config", [CreditConfig.lab(), CreditConfig.paper()])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_edge_cases_equal_the_reference(estimator, config):
+    """Episodes of one turn, all KEEP, all SWITCH, without any reward; each also whitened."""
+    for k, change in enumerate((
+        lambda t: {},
+        lambda t: {"switch": np.zeros_like(t["switch"])},
+        lambda t: {"switch": np.ones_like(t["switch"])},
+        lambda t: {"reward": np.zeros_like(t["reward"]), "terminated": True},
+    )):  # fmt: skip
+        trajectories = reference.random_trajectories(k, 8, longest=1 if k == 0 else 6)
+        trajectories = [t | change(t) for t in trajectories]
+        for whitened in (False, True):
+            changed = replace(config, estimator=estimator, whiten=whitened)
+            assert_equals_the_reference(trajectories, changed)
+
+
 def test_float32_is_close_to_float64():
     grid, values, _ = random_grid(0, traj=64, turn=50)
     exact = hae(grid, values, CreditConfig.lab())
