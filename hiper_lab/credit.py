@@ -28,7 +28,7 @@ from hiper_lab.grid import (
     layout,
     next_turn,
     numbers,
-    pick,
+    real_turns,
 )
 from hiper_lab.scan import choose_method, reverse_scan
 
@@ -43,9 +43,10 @@ def estimate(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         ValueError: If shapes differ, a trajectory has no turn, turn 0 is no boundary, a number that
             is read is not finite, or the grid lacks what a group-relative estimator compares by.
     """
-    _refuse_nonfinite(grid, values, config)
     shaped = grid._replace(reward=shape_rewards(grid, config))
     credit = _estimator(config)(shaped, values, config)
+    if not (credit.high.sum() + credit.low.sum() + credit.switch.sum()).isfinite():
+        _refuse_nonfinite(grid, values, config)
     return whiten(credit, grid) if config.whiten else credit
 
 
@@ -68,7 +69,7 @@ def shape_rewards(grid: TurnGrid, config: CreditConfig) -> Float[Tensor, "traj t
 
 def reward_parts(grid: TurnGrid, config: CreditConfig) -> dict[str, Float[Tensor, "traj turn"]]:
     """What `shape_rewards` adds up: the environment's reward and each penalty in use."""
-    real, _, _ = layout(grid)
+    real = real_turns(grid)
     parts = {"reward": torch.where(real, numbers(grid.reward), 0)}
     keep, dtype = real & ~grid.switch, parts["reward"].dtype
     # masks are cast before a float meets them: it would make them float32
@@ -144,46 +145,49 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         Sutton, Precup & Singh 1999 (options). Indices follow HiPER: rₜ follows aₜ.
     """
     real, last, crossing = layout(grid, values)
-    if choose_method(real.shape, real.device, numbers(grid.reward).dtype) == "triton":
+    dtype = torch.promote_types(numbers(grid.reward).dtype, values.low.dtype)
+    if choose_method(real.shape, real.device, dtype) == "triton":
         return _hae_on_gpu(grid, values, config)
     inside, boundary = real & ~last & ~crossing, real & grid.boundary
     reward = torch.where(real, numbers(grid.reward), 0)
     v_high, v_low, v_switch, _ = map(numbers, values)
-    gamma, flows = config.gamma, inside.to(reward.dtype)
+    gamma, flows = config.gamma, config.gamma * inside.to(reward.dtype)
     # Where a limit cut the episode: what stands for V of the state after the last turn.
-    opens = (boundary * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
-    cut_high = after_last_turn(grid, values, config, own=pick(v_high, opens))
-    cut_low = after_last_turn(grid, values, config, own=pick(v_low, grid.length - 1))
+    opened = v_high
+    if config.truncation == "own_state":  # V at the opening of the last segment
+        opens = (boundary * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
+        opened = v_high.gather(1, opens[:, None])
+    cut_high = after_last_turn(grid, last, values, config, own=opened)
+    cut_low = after_last_turn(grid, last, values, config, own=v_low)
 
     # high: what a segment's last turn sees ahead is (1 - λᴴ) Vᴴ + λᴴ y, y the next one's return.
-    ahead = torch.where(last, cut_high, (1 - config.lam_high) * next_turn(v_high))
+    arrival = torch.where(crossing, next_turn(v_high), 0)
     returns = reverse_scan(
-        reward + gamma * torch.where(last | crossing, ahead, 0),
-        gamma * (flows + config.lam_high * crossing.to(reward.dtype)),
+        reward + gamma * (cut_high + (1 - config.lam_high) * arrival),
+        flows + gamma * config.lam_high * crossing.to(reward.dtype),
     )
     high = torch.where(boundary, returns - v_high, 0)
 
     # low
-    arrival = next_turn(v_high + config.lam_boundary * high)  # W in the equations
-    ahead = torch.where(inside, next_turn(v_low), torch.where(last, cut_low, arrival))
+    arrival = arrival + config.lam_boundary * next_turn(high)  # W in the equations
+    ahead = torch.where(inside, next_turn(v_low), arrival + cut_low)
     td_error = torch.where(real, reward + gamma * ahead - v_low, 0)
-    low = reverse_scan(td_error, gamma * config.lam_low * flows)
+    low = reverse_scan(td_error, config.lam_low * flows)
 
     if config.switch_advantage == "return":
-        ahead = torch.where(last, cut_high, torch.where(crossing, arrival, 0))
-        target_switch = reverse_scan(reward + gamma * ahead, gamma * flows)
-        switch = target_switch - v_switch
+        target_switch = reverse_scan(reward + gamma * (arrival + cut_high), flows)
+        switch = torch.where(real, target_switch - v_switch, 0)
     else:
-        target_switch = torch.where(boundary, v_high, v_low)
-        switch = target_switch - v_switch
+        target_switch = torch.where(real, torch.where(boundary, v_high, v_low), 0)
+        switch = torch.where(real, target_switch - v_switch, 0)
         switch[:, 0] = 0
     return Credit(
         high=high,
         low=low,
-        switch=torch.where(real, switch, 0),
-        target_high=torch.where(boundary, high + v_high, 0),
+        switch=switch,
+        target_high=torch.where(boundary, returns, 0),
         target_low=torch.where(real, low + v_low, 0),
-        target_switch=torch.where(real, target_switch, 0),
+        target_switch=target_switch,
     )
 
 
@@ -595,7 +599,7 @@ def _estimator(config: CreditConfig) -> Callable[[TurnGrid, Values, CreditConfig
 
 def _decisions(grid: TurnGrid, level: str) -> Bool[Tensor, "traj turn"]:
     """Where something was decided at this level."""
-    real, _, _ = layout(grid)
+    real = real_turns(grid)
     return real & grid.boundary if level == "high" else real
 
 

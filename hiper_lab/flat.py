@@ -26,7 +26,7 @@ from hiper_lab.grid import (
     layout,
     next_turn,
     numbers,
-    pick,
+    real_turns,
 )
 from hiper_lab.scan import reverse_scan
 
@@ -68,7 +68,7 @@ def gae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     """
     real, last, _ = layout(grid, values)
     value = numbers(getattr(values, config.gae_value))
-    cut = after_last_turn(grid, values, config, own=pick(value, grid.length - 1))
+    cut = after_last_turn(grid, last, values, config, own=value)
     ahead = torch.where(last, cut, next_turn(value))
     td_error = torch.where(real, numbers(grid.reward) + config.gamma * ahead - value, 0)
     flows = (real & ~last).to(td_error.dtype)
@@ -248,7 +248,7 @@ def comparisons(
     if estimator == "gigpo":
         if grid.state is None:
             raise ValueError("gigpo compares turns that saw one state, but the grid has no state")
-        real, _, _ = layout(grid)
+        real = real_turns(grid)
         key = group[:, None] * (grid.state[real].max() + 1) + grid.state
         own = _returns(grid, values, config, config.gamma)
         _, mean, std = _statistics(own.detach()[real], key[real], torch.ones_like(key[real]))
@@ -369,20 +369,18 @@ def _compared(
 
 
 def _same_for_every_role(grid: TurnGrid, advantage: Tensor, target: Tensor) -> Credit:
-    real, _, _ = layout(grid)
     dtype = numbers(grid.reward).dtype
     advantage, target = advantage.to(dtype), target.to(dtype)
-    high = torch.where(real & grid.boundary, advantage, 0)
+    high = torch.where(real_turns(grid) & grid.boundary, advantage, 0)
     return Credit(high, advantage, advantage, target, target, target)
 
 
 def _returns(grid: TurnGrid, values: Values, config: CreditConfig, gamma: float) -> Tensor:
     """Discounted reward from each turn on, in float64, with what follows a cut. 0 in padding."""
     real, last, _ = layout(grid, values)
-    cut = after_last_turn(grid, values, config, own=pick(values.high, grid.length - 1)).double()
+    cut = after_last_turn(grid, last, values, config, own=values.high).double()
     reward = torch.where(real, grid.reward.double(), 0)
-    flows = (real & ~last).to(reward)
-    return reverse_scan(torch.where(last, reward + gamma * cut, reward), gamma * flows)
+    return reverse_scan(reward + gamma * cut, gamma * (real & ~last).to(reward))
 
 
 def _group(estimator: str, grid: TurnGrid) -> Int[Tensor, "traj"]:

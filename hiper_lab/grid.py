@@ -234,25 +234,33 @@ def layout(grid: TurnGrid, values: Values | None = None) -> tuple[Tensor, Tensor
         raise ValueError(f"a trajectory has length {seen}, expected 1 to {turn} turns")
     if not grid.boundary[:, 0].all():
         raise ValueError("boundary is False at turn 0, expected every first turn to be one")
-    length, column = grid.length[:, None], torch.arange(turn, device=grid.reward.device)
-    real = column < length
-    return real, column == length - 1, next_turn(grid.boundary & real)
+    real = real_turns(grid)
+    goes_on = next_turn(real)
+    return real, real & ~goes_on, next_turn(grid.boundary) & goes_on
 
 
-def after_last_turn(grid: TurnGrid, values: Values, config: CreditConfig, own: Tensor) -> Tensor:
-    """Value of the state after each trajectory's last turn, as [traj, 1]; 0 if it terminated."""
-    future = {"final_state": values.final, "own_state": own, "zero": torch.zeros_like(own)}
-    return torch.where(grid.terminated, 0, numbers(future[config.truncation]))[:, None]
+def real_turns(grid: TurnGrid) -> Bool[Tensor, "traj turn"]:
+    """Where there is a turn and no padding."""
+    return torch.arange(grid.reward.shape[1], device=grid.reward.device) < grid.length[:, None]
+
+
+def after_last_turn(
+    grid: TurnGrid, last: Tensor, values: Values, config: CreditConfig, own: Tensor
+) -> Tensor:
+    """Value of the state after the last turn, at ``last`` of [traj, turn]; 0 if it terminated.
+
+    ``own`` is what ``"own_state"`` puts there, as [traj, turn] or [traj, 1].
+    """
+    future = {"final_state": values.final[:, None], "own_state": own}
+    if config.truncation == "zero":
+        return torch.zeros_like(values.high)
+    cut = last & ~grid.terminated[:, None]
+    return torch.where(cut, numbers(future[config.truncation]), 0)
 
 
 def next_turn(x: Tensor) -> Tensor:
     """What the following turn holds; 0 (or False) after the last column."""
     return pad(x[:, 1:], (0, 1))
-
-
-def pick(x: Tensor, turn: Tensor) -> Tensor:
-    """One column per trajectory, as [traj]."""
-    return x.gather(1, turn.long()[:, None])[:, 0]
 
 
 def numbers(x: Tensor) -> Tensor:

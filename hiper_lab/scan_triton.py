@@ -27,7 +27,8 @@ def reverse_scan(b: Tensor, c: Tensor) -> Tensor:
     b, c = (x.reshape(-1, shape[-1]).contiguous() for x in (b, c))
     y = torch.empty_like(b)
     grid, rows, columns = _tiles(*b.shape)
-    _reverse_scan[grid](b, c, y, *b.shape, rows, columns)
+    with torch.cuda.device_of(b):
+        _reverse_scan[grid](b, c, y, *b.shape, rows, columns)
     return y.reshape(shape)
 
 
@@ -57,10 +58,11 @@ def hae(
     flags = [x.contiguous().view(torch.uint8) for x in (boundary, terminated)]
     out = torch.empty((6, *reward.shape), device=reward.device)
     grid, rows, columns = _tiles(*reward.shape)
-    _hae[grid](
-        *floats, *flags, length.contiguous(), out, *reward.shape,
-        gamma, lam_low, lam_high, lam_boundary, TRUNCATION[truncation], value_form, rows, columns,
-    )  # fmt: skip
+    with torch.cuda.device_of(reward):
+        _hae[grid](
+            *floats, *flags, length.contiguous(), out, *reward.shape, reward.numel(), gamma,
+            lam_low, lam_high, lam_boundary, TRUNCATION[truncation], value_form, rows, columns,
+        )  # fmt: skip
     return out.unbind()
 
 
@@ -107,7 +109,7 @@ def _reverse_scan(b_in, c_in, y_out, traj, turn, ROWS: tl.constexpr, COLUMNS: tl
 @triton.jit
 def _hae(
     reward_in, high_in, low_in, switch_in, final_in, boundary_in, terminated_in, length_in, out,
-    traj, turn, gamma, lam_low, lam_high, lam_boundary,
+    traj, turn, size, gamma, lam_low, lam_high, lam_boundary,
     TRUNCATION: tl.constexpr, VALUE_FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -158,7 +160,7 @@ def _hae(
     switch = target_switch - v_switch
     if VALUE_FORM:
         switch = tl.where(column == 0, 0.0, switch)
-    shown, size = (row < traj) & (column < turn), traj.to(tl.int64) * turn
+    shown = (row < traj) & (column < turn)
     tl.store(out + at, high, shown)
     tl.store(out + at + size, tl.where(real, low, 0.0), shown)
     tl.store(out + at + 2 * size, tl.where(real, switch, 0.0), shown)

@@ -62,7 +62,8 @@ def random_grid(seed, traj=6, turn=11, dtype=torch.float64):
         numbers(), switch, boundary, flags(), flags(), flags() & ~first, terminated, length
     )
     grid = grid._replace(
-        group=torch.arange(traj) % (traj // 2), state=torch.randint(0, 4, (traj, turn), generator=g)
+        group=torch.arange(traj) % max(1, traj // 2),
+        state=torch.randint(0, 4, (traj, turn), generator=g),
     )
     final = torch.randn(traj, generator=g, dtype=torch.float64).to(dtype)
     return grid, Values(numbers(), numbers(), numbers(), final), real
@@ -251,6 +252,23 @@ def test_each_estimator_equals_the_reference(estimator):
     for seed, config in enumerate((CreditConfig.lab(), CreditConfig.upstream())):
         trajectories = reference.random_trajectories(seed, 60, longest=20)
         assert_equals_the_reference(trajectories, replace(config, estimator=estimator))
+
+
+@pytest.mark.parametrize("config", [CreditConfig.lab(), CreditConfig.paper()])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_edge_cases_equal_the_reference(estimator, config):
+    """Episodes of one turn, all KEEP, all SWITCH, without any reward; each also whitened."""
+    for k, change in enumerate((
+        lambda t: {},
+        lambda t: {"switch": np.zeros_like(t["switch"])},
+        lambda t: {"switch": np.ones_like(t["switch"])},
+        lambda t: {"reward": np.zeros_like(t["reward"]), "terminated": True},
+    )):  # fmt: skip
+        trajectories = reference.random_trajectories(k, 8, longest=1 if k == 0 else 6)
+        trajectories = [t | change(t) for t in trajectories]
+        for whitened in (False, True):
+            changed = replace(config, estimator=estimator, whiten=whitened)
+            assert_equals_the_reference(trajectories, changed)
 
 
 def test_float32_is_close_to_float64():
@@ -637,7 +655,7 @@ def test_explanations_add_up(seed, config, level, data):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_explanations_of_single_precision_and_large_batches(estimator):
-    grid, values, _ = random_grid(1, traj=300, turn=6)  # so many that estimate loops over columns
+    grid, values, _ = random_grid(1, traj=1100, turn=6)  # so many that estimate loops over columns
     config = replace(CreditConfig.upstream(), estimator=estimator)
     single = grid._replace(reward=grid.reward.float()), Values(*(v.float() for v in values))
     terms = explain(*single, config, 7, 0, "switch")

@@ -90,7 +90,7 @@ def test_choice_is_a_method():
 
 def test_gradients_flow_whatever_the_size():
     """The loop works in place and has none, so `auto` must not take it."""
-    b, c = random_pair((300, 6), 4, torch.float64)
+    b, c = random_pair((1100, 6), 4, torch.float64)
     b.requires_grad_()
     (gradient,) = torch.autograd.grad(reverse_scan(b, c)[0, 0], b)
     expected = torch.cat([torch.ones(1), c[0, :-1].cumprod(0)])
