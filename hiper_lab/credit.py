@@ -2,216 +2,52 @@
 
 One dense grid ``[traj, turn]`` in, one out. Each level is a single backward recurrence
 ``y_t = b_t + c_t * y_{t+1}``, so there is no table of segments and no ragged padding; where a
-segment ends is only a place where ``c`` changes.
-
-Time: r_t follows the action of turn t, V_t is read at the prompt of turn t (high, switch) or
-after its subgoal (low). The state after the last turn has a value of its own, `Values.final`.
+segment ends is only a place where ``c`` changes. `credit_table` does the same for a table of turns
+from anywhere, and `explain` takes any one advantage apart.
 
 Left out on purpose: tokens (a token takes the credit of its role in its turn) and gradients
 (credit is a constant to the loss).
 """
 
-import math
-from collections.abc import Hashable
-from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hiper_lab import flat
+from hiper_lab.grid import (
+    Credit,
+    CreditConfig,
+    TurnGrid,
+    Values,
+    after_last_turn,
+    layout,
+    next_turn,
+    numbers,
+    pick,
+)
 from hiper_lab.scan import reverse_scan
 
-
-class TurnGrid(NamedTuple):
-    """What happened, one row per trajectory. Columns from ``length`` on are padding."""
-
-    reward: Float[Tensor, "traj turn"]
-    """Reward after the turn's action, in the environment's unit."""
-    switch: Bool[Tensor, "traj turn"]
-    """The decision as the model said it: True is SWITCH. Turn 0 may say KEEP."""
-    boundary: Bool[Tensor, "traj turn"]
-    """A segment starts here: turn 0 whatever it said, and every SWITCH."""
-    valid: Bool[Tensor, "traj turn"]
-    """The output was well formed. (Whether a turn exists at all is ``length``.)"""
-    has_subgoal: Bool[Tensor, "traj turn"]
-    """The turn's own text holds subgoal tokens."""
-    same_subgoal: Bool[Tensor, "traj turn"]
-    """The subgoal equals that of the turn before. False at turn 0."""
-    terminated: Bool[Tensor, "traj"]
-    """The episode reached a terminal state; False where a limit stopped it."""
-    length: Int[Tensor, "traj"]
-    """Number of turns, at least 1."""
-
-    @classmethod
-    def of(cls, reward: ArrayLike, switch: ArrayLike, terminated: bool = True) -> "TurnGrid":
-        """Well-formed trajectories of equal length, a subgoal changing only where they SWITCH."""
-        reward = torch.as_tensor(reward)
-        switch = torch.as_tensor(switch, dtype=torch.bool)
-        boundary, (traj, turn) = switch.clone(), reward.shape
-        boundary[:, 0] = True
-        return cls(
-            reward=_numbers(reward),
-            switch=switch,
-            boundary=boundary,
-            valid=torch.ones_like(switch),
-            has_subgoal=torch.ones_like(switch),
-            same_subgoal=~boundary,
-            terminated=torch.full((traj,), terminated),
-            length=torch.full((traj,), turn),
-        )
-
-
-class Values(NamedTuple):
-    """What the critic said; g_prev is the subgoal in force when the prompt is read."""
-
-    high: Float[Tensor, "traj turn"]
-    """V_high(s_t), before anything is decided."""
-    low: Float[Tensor, "traj turn"]
-    """V_low(s_t, g_t), after the subgoal and before the action."""
-    switch: Float[Tensor, "traj turn"]
-    """V_switch(s_t, g_prev) = (1-β) V_low(s_t, g_prev) + β V_high(s_t), β = P(SWITCH)."""
-    final: Float[Tensor, "traj"]
-    """V_high of the state after the last turn. Not read where the episode terminated."""
-
-
-class Credit(NamedTuple):
-    """Advantages, and the targets the value heads regress to. 0 in padding."""
-
-    high: Float[Tensor, "traj turn"]
-    """Of the subgoal, at boundaries; 0 elsewhere."""
-    low: Float[Tensor, "traj turn"]
-    """Of the action."""
-    switch: Float[Tensor, "traj turn"]
-    """Of the KEEP/SWITCH decision that was taken."""
-    target_high: Float[Tensor, "traj turn"]
-    """From `hae` at boundaries (0 elsewhere), from `gae` at every turn."""
-    target_low: Float[Tensor, "traj turn"]
-    target_switch: Float[Tensor, "traj turn"]
-
-
-_UNIT = (lambda x: 0 <= x <= 1, "in [0, 1]")
-_PENALTY = (lambda x: -math.inf < x <= 0, "at most 0 (it is added to the reward)")
-_NUMBERS = {
-    "gamma": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "lam_low": _UNIT,
-    "lam_high": _UNIT,
-    "lam_boundary": _UNIT,
-    "keep_penalty": _PENALTY,
-    "consistency_penalty": _PENALTY,
-    "invalid_penalty": (lambda x: 0 <= x < math.inf, "at least 0 (it is subtracted)"),
-}
-_CHOICES = {
-    "estimator": ("hae", "gae"),
-    "switch_advantage": ("return", "value"),
-    "truncation": ("final_state", "own_state", "zero"),
-    "keep_penalty_mode": ("per_turn", "ratio"),
-    "consistency_requires_both": (True, False),
-    "whiten": (True, False),
-}
-
-
-def _checks_itself(config: type) -> type:
-    """Let ``__post_init__`` answer to bad arguments, even where tests check annotations."""
-    config.__init__.__annotations__.clear()
-    return config
-
-
-@_checks_itself
-@dataclass(frozen=True)
-class CreditConfig:
-    """How credit is computed. The defaults are `lab`; vary one with `dataclasses.replace`.
-
-    >>> from dataclasses import replace
-    >>> replace(CreditConfig.paper(), gamma=0.9).gamma
-    0.9
-    >>> replace(CreditConfig.paper(), lam_low=1.5)
-    Traceback (most recent call last):
-    ValueError: lam_low is 1.5, expected a number in [0, 1]
-    """
-
-    gamma: float = 0.98
-    """Discount per turn, in (0, 1]."""
-    lam_low: float = 0.95
-    """λ across the turns inside a segment (across all turns in `gae`), in [0, 1]."""
-    lam_high: float = 0.95
-    """λ across segments, in [0, 1]. Applied once per segment, not once per turn."""
-    lam_boundary: float = 0.95
-    """λ_B in [0, 1]: how much of the next boundary's high-level advantage its V_high is
-    corrected by when low and switch bootstrap from it. 0 is the paper."""
-    estimator: Literal["hae", "gae"] = "hae"
-    """``"hae"`` is hierarchical; ``"gae"`` gives every role of a turn one flat advantage."""
-    switch_advantage: Literal["return", "value"] = "return"
-    """``"return"``: return of the segment minus V_switch, as released. ``"value"``: the
-    paper's (q-β)(V_high - V_low(s, g_prev)), which never uses a return. Read by `hae` only."""
-    truncation: Literal["final_state", "own_state", "zero"] = "final_state"
-    """Value that stands for the future where a limit stopped the episode: `Values.final`; or
-    that of the turn (low) or segment (high, switch) that is being cut, as released; or 0."""
-    keep_penalty: float = 0.0
-    """Added to the reward of turns that say KEEP; zero or negative, in reward units."""
-    keep_penalty_mode: Literal["per_turn", "ratio"] = "per_turn"
-    """``"per_turn"`` adds it to each such turn, ``"ratio"`` adds ``keep_penalty / length``,
-    so that an episode pays in proportion to its share of KEEP turns."""
-    invalid_penalty: float = 0.0
-    """Subtracted from the reward of malformed turns; zero or positive, in reward units."""
-    consistency_penalty: float = 0.0
-    """Added where a KEEP turn's subgoal differs from the turn before; zero or negative."""
-    consistency_requires_both: bool = True
-    """True skips the consistency check where either turn has no subgoal; False counts a
-    missing subgoal as a difference."""
-    whiten: bool = False
-    """Shift and scale the advantages of each level to mean 0, standard deviation 1."""
-
-    def __post_init__(self) -> None:
-        for name, (accepts, expected) in _NUMBERS.items():
-            seen = getattr(self, name)
-            if isinstance(seen, bool) or not isinstance(seen, Real) or not accepts(seen):
-                raise ValueError(f"{name} is {seen!r}, expected a number {expected}")
-            object.__setattr__(self, name, float(seen))
-        for name, choices in _CHOICES.items():
-            seen = getattr(self, name)
-            if type(seen) is not type(choices[0]) or seen not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise ValueError(f"{name} is {seen!r}, expected {expected}")
-
-    @classmethod
-    def lab(cls) -> "CreditConfig":
-        """What we train with: HAE with a boundary λ and the switch form that learned best."""
-        return cls()
-
-    @classmethod
-    def paper(cls) -> "CreditConfig":
-        """The equations of the paper, with the γ and λ of the released code."""
-        return cls(
-            gamma=1.0, lam_low=1.0, lam_high=0.95, lam_boundary=0.0, switch_advantage="value"
-        )
-
-    @classmethod
-    def upstream(cls) -> "CreditConfig":
-        """What the released code runs on ALFWorld, without its duplicated rows."""
-        return cls(
-            gamma=1.0,
-            lam_low=1.0,
-            lam_high=0.95,
-            lam_boundary=0.0,
-            truncation="own_state",
-            keep_penalty=-0.3,
-            invalid_penalty=0.1,
-            consistency_penalty=-0.3,
-            whiten=True,
-        )
+Level = Literal["high", "low", "switch"]
+LEVELS = ("high", "low", "switch")
 
 
 @torch.no_grad()
 def estimate(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
-    """Credit as a trainer wants it: shaped rewards, the configured estimator, whitening."""
+    """Credit as a trainer wants it: shaped rewards, the configured estimator, whitening.
+
+    Raises:
+        ValueError: If shapes differ, a trajectory has no turn, turn 0 is no boundary, a number that
+            is read is not finite, or the grid lacks what a group-relative estimator compares by.
+    """
+    _refuse_nonfinite(grid, values, config)
     shaped = grid._replace(reward=shape_rewards(grid, config))
-    credit = {"hae": hae, "gae": gae}[config.estimator](shaped, values, config)
+    credit = _estimator(config)(shaped, values, config)
     return whiten(credit, grid) if config.whiten else credit
 
 
@@ -229,28 +65,33 @@ def shape_rewards(grid: TurnGrid, config: CreditConfig) -> Float[Tensor, "traj t
         >>> shape_rewards(grid, CreditConfig.upstream())
         tensor([[-0.3000, -0.4000,  0.0000,  9.7000]])
     """
-    real, _, _ = _layout(grid)
-    keep = real & ~grid.switch
-    reward = _numbers(grid.reward)
-    dtype = reward.dtype  # masks are cast before a float meets them: it would make them float32
-    if config.keep_penalty_mode == "ratio":  # an episode of one turn had nothing to keep
-        share = config.keep_penalty / grid.length.to(dtype)
-        share = torch.where(grid.length > 1, share, 0)[:, None]
-    else:
-        share = config.keep_penalty
-    reward = reward + share * keep.to(dtype)
-    reward = reward - config.invalid_penalty * (~grid.valid).to(dtype)
-    both = grid.has_subgoal & pad(grid.has_subgoal[:, :-1], (1, 0))
-    if config.consistency_requires_both:
-        differs = both & ~grid.same_subgoal
-    else:
-        differs = ~(both & grid.same_subgoal)
-    differs = differs & keep
-    differs[:, 0] = False
-    return torch.where(real, reward + config.consistency_penalty * differs.to(dtype), 0)
+    return sum(reward_parts(grid, config).values())
 
 
-@torch.no_grad()
+def reward_parts(grid: TurnGrid, config: CreditConfig) -> dict[str, Float[Tensor, "traj turn"]]:
+    """What `shape_rewards` adds up: the environment's reward and each penalty in use."""
+    real, _, _ = layout(grid)
+    parts = {"reward": torch.where(real, numbers(grid.reward), 0)}
+    keep, dtype = real & ~grid.switch, parts["reward"].dtype
+    # masks are cast before a float meets them: it would make them float32
+    if config.keep_penalty:
+        share = torch.full_like(grid.length, config.keep_penalty, dtype=dtype)
+        if config.keep_penalty_mode == "ratio":  # an episode of one turn had nothing to keep
+            share = torch.where(grid.length > 1, share / grid.length, 0)
+        parts["keep penalty"] = share[:, None] * keep.to(dtype)
+    if config.invalid_penalty:
+        parts["invalid penalty"] = -config.invalid_penalty * (real & ~grid.valid).to(dtype)
+    if config.consistency_penalty:
+        both = grid.has_subgoal & pad(grid.has_subgoal[:, :-1], (1, 0))
+        if config.consistency_requires_both:
+            differs = both & ~grid.same_subgoal & keep
+        else:
+            differs = ~(both & grid.same_subgoal) & keep
+        differs[:, 0] = False
+        parts["consistency penalty"] = config.consistency_penalty * differs.to(dtype)
+    return parts
+
+
 def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     """Hierarchical Advantage Estimation: credit for subgoals, actions and switches.
 
@@ -279,7 +120,7 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
 
     Args:
         grid: What happened. Rewards are used as they are; see `shape_rewards`.
-        values: ``high`` is read at boundaries, with ``"value"`` everywhere.
+        values: ``high`` is read at boundaries.
         config: γ, the three λ, ``switch_advantage`` and ``truncation`` are read.
 
     Returns:
@@ -304,18 +145,18 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         Peng et al. 2026, arXiv:2602.16165 (λᴮ is ours); Schulman et al. 2016, arXiv:1506.02438;
         Sutton, Precup & Singh 1999 (options). Indices follow HiPER: rₜ follows aₜ.
     """
-    real, last, crossing = _layout(grid, values)
+    real, last, crossing = layout(grid, values)
     inside, boundary = real & ~last & ~crossing, real & grid.boundary
-    reward = torch.where(real, _numbers(grid.reward), 0)
-    v_high, v_low, v_switch, _ = map(_numbers, values)
+    reward = torch.where(real, numbers(grid.reward), 0)
+    v_high, v_low, v_switch, _ = map(numbers, values)
     gamma, flows = config.gamma, inside.to(reward.dtype)
     # Where a limit cut the episode: what stands for V of the state after the last turn.
     opens = (boundary * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
-    cut_high = _after_last_turn(grid, values, config, own=_pick(v_high, opens))
-    cut_low = _after_last_turn(grid, values, config, own=_pick(v_low, grid.length - 1))
+    cut_high = after_last_turn(grid, values, config, own=pick(v_high, opens))
+    cut_low = after_last_turn(grid, values, config, own=pick(v_low, grid.length - 1))
 
     # high: what a segment's last turn sees ahead is (1 - λᴴ) Vᴴ + λᴴ y, y the next one's return.
-    ahead = torch.where(last, cut_high, (1 - config.lam_high) * _next(v_high))
+    ahead = torch.where(last, cut_high, (1 - config.lam_high) * next_turn(v_high))
     returns = reverse_scan(
         reward + gamma * torch.where(last | crossing, ahead, 0),
         gamma * (flows + config.lam_high * crossing.to(reward.dtype)),
@@ -323,8 +164,8 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     high = torch.where(boundary, returns - v_high, 0)
 
     # low
-    arrival = _next(v_high + config.lam_boundary * high)  # W in the equations
-    ahead = torch.where(inside, _next(v_low), torch.where(last, cut_low, arrival))
+    arrival = next_turn(v_high + config.lam_boundary * high)  # W in the equations
+    ahead = torch.where(inside, next_turn(v_low), torch.where(last, cut_low, arrival))
     td_error = torch.where(real, reward + gamma * ahead - v_low, 0)
     low = reverse_scan(td_error, gamma * config.lam_low * flows)
 
@@ -347,71 +188,100 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
 
 
 @torch.no_grad()
-def gae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
-    """Turn-level Generalised Advantage Estimation: the flat opponent of `hae`.
-
-        Âₜ = δₜ + γ λ Âₜ₊₁        δₜ = rₜ + γ Vₜ₊₁ − Vₜ        over all turns, λ = ``lam_low``
-
-    The subgoal, the action and the switch of a turn all get Âₜ. V is ``values.high``, read at
-    every prompt. Our prompts show the subgoal in force, so this critic is V(sₜ, g_prev), not
-    V(sₜ): the fairer opponent. (A critic that ignores g_prev makes λ < 1 biased, for sₜ alone
-    is not Markov under an options policy.)
-
-    Every head gets the same target Âₜ + Vₜ at **every** turn, ``target_high`` included, so
-    train V_high at every turn here, not at boundaries only.
-
-    Args:
-        grid: What happened. ``boundary`` decides only where ``high`` is shown.
-        values: ``high`` and ``final`` are read.
-        config: ``gamma``, ``lam_low`` and ``truncation`` are read; ``"own_state"`` is V of
-            the last turn.
-
-    Raises:
-        ValueError: If shapes differ, a trajectory has no turn, or turn 0 is no boundary.
-
-    Example:
-        >>> grid = TurnGrid.of(reward=[[0., 0., 0., 1.]], switch=[[1, 0, 1, 0]])
-        >>> zero = torch.zeros(1, 4)
-        >>> config = CreditConfig(gamma=0.5, lam_low=1.0)
-        >>> gae(grid, Values(zero, zero, zero, torch.zeros(1)), config).low
-        tensor([[0.1250, 0.2500, 0.5000, 1.0000]])
-
-    References:
-        Schulman et al. 2016, arXiv:1506.02438. Indices follow HiPER: rₜ follows aₜ.
-    """
-    real, last, _ = _layout(grid, values)
-    value = _numbers(values.high)
-    cut = _after_last_turn(grid, values, config, own=_pick(value, grid.length - 1))
-    ahead = torch.where(last, cut, _next(value))
-    td_error = torch.where(real, _numbers(grid.reward) + config.gamma * ahead - value, 0)
-    flows = (real & ~last).to(td_error.dtype)
-    advantage = reverse_scan(td_error, config.gamma * config.lam_low * flows)
-    target = torch.where(real, advantage + value, 0)
-    high = torch.where(real & grid.boundary, advantage, 0)
-    return Credit(high, advantage, advantage, target, target, target)
-
-
-@torch.no_grad()
 def whiten(credit: Credit, grid: TurnGrid) -> Credit:
     """Bring each level's advantages to mean 0 and standard deviation 1; targets stay.
 
     Statistics (population) run over turns, not tokens: all turns for low and switch; for high
     the boundaries whose text holds subgoal tokens. An all-equal level becomes exactly 0.
     """
-    real, _, _ = _layout(grid)
-    boundary = real & grid.boundary
+    whitened = {}
+    for level in LEVELS:
+        x, shown = getattr(credit, level), _decisions(grid, level)
+        mean, scale = _moments(credit, grid, level)
+        whitened[level] = torch.where(shown, (x - mean) / scale, 0)
+    return credit._replace(**whitened)
 
-    def standard(x: Tensor, shown: Tensor, counted: Tensor) -> Tensor:
-        if not counted.any():
-            return x
-        std, mean = torch.std_mean(x[counted], correction=0)  # exact for equal numbers (Welford)
-        return torch.where(shown, (x - mean) / (std + 1e-8), 0)
 
-    return credit._replace(
-        high=standard(credit.high, boundary, boundary & grid.has_subgoal),
-        low=standard(credit.low, real, real),
-        switch=standard(credit.switch, real, real),
-    )
+@torch.no_grad()
+def explain(
+    grid: TurnGrid, values: Values, config: CreditConfig, traj: int, turn: int, level: Level
+) -> pd.DataFrame:
+    """Take one advantage of `estimate` apart: the terms whose sum it is.
+
+    For given decisions an advantage is a weighted sum of rewards and values, whichever estimator
+    computes it. The weights are its derivatives, taken from the estimator itself in float64, so
+    that nothing is explained which is not computed.
+
+    Args:
+        grid, values, config: As for `estimate`.
+        traj: Row of the grid.
+        turn: Turn of that trajectory, from 0.
+        level: ``"high"`` (at boundaries only), ``"low"`` or ``"switch"``.
+
+    Returns:
+        One row per term: ``term`` (what it is), ``kind`` (``reward``, ``penalty``, ``bootstrap``: a
+        value in place of rewards not seen, or ``baseline``: what was expected anyway), ``turn`` (of
+        which the term is; the number of turns for the state after the last; missing for means),
+        ``coefficient``, ``value``, and ``contribution``, their product. The contributions add up to
+        the advantage. Where ``truncation="own_state"`` makes one value both bootstrap and
+        baseline, the coefficient is the difference. Rewards and penalties that are 0 are left out.
+
+    Raises:
+        ValueError: As `estimate`; or if there is no such turn or level, or no subgoal was chosen
+            there.
+
+    Example:
+        The first action of a segment of two turns, then another segment.
+
+        >>> grid = TurnGrid.of(reward=[[1., 2., 9.]], switch=[[1, 0, 1]])
+        >>> high = torch.tensor([[0., 0., 6.]])
+        >>> low = torch.tensor([[2.5, 3., 0.]])
+        >>> config = CreditConfig(gamma=0.5, lam_low=1.0, lam_boundary=0.0)
+        >>> values = Values(high, low, high, torch.zeros(1))
+        >>> explain(grid, values, config, traj=0, turn=0, level="low")
+             term       kind  turn  coefficient  value  contribution
+        0  reward     reward     0         1.00    1.0           1.0
+        1  reward     reward     1         0.50    2.0           1.0
+        2  V_high  bootstrap     2         0.25    6.0           1.5
+        3   V_low   baseline     0        -1.00    2.5          -2.5
+    """
+    grid = TurnGrid(*(x if x is None else x.cpu() for x in grid))
+    grid = grid._replace(reward=grid.reward.double())
+    values = Values(*(v.cpu().double() for v in values))
+    _refuse_nonfinite(grid, values, config)
+    _find(grid, traj, turn, level)
+    parts = reward_parts(grid, config)
+    leaves = [x.detach().requires_grad_() for x in (sum(parts.values()), *values)]
+    shaped, read = grid._replace(reward=leaves[0]), Values(*leaves[1:])
+    with torch.enable_grad():
+        credit = _estimator(config)(shaped, read, config)
+        advantage = getattr(credit, level)[traj, turn]
+        gradients = torch.autograd.grad(advantage, leaves, materialize_grads=True)
+    of_reward, *of_values = (x[traj] for x in gradients)
+    rows = []
+    for name, part in parts.items():
+        kind = "reward" if name == "reward" else "penalty"
+        terms = enumerate(zip(of_reward.tolist(), part[traj].tolist(), strict=True))
+        rows += [(name, kind, t, weight, x) for t, (weight, x) in terms if weight and x]
+    for name, value, weights in zip(Values._fields, values, of_values, strict=True):
+        first = int(grid.length[traj]) if name == "final" else 0
+        terms = zip(weights.reshape(-1).tolist(), value[traj].reshape(-1).tolist(), strict=True)
+        for t, (weight, x) in enumerate(terms, start=first):
+            if abs(weight) > 1e-15:  # less is rounding of weights that cancel
+                kind = "bootstrap" if weight > 0 else "baseline"
+                rows.append((f"V_{name}", kind, t, weight, x))
+    rows.sort(key=lambda row: (row[1] == "baseline", row[2]))
+    if config.estimator in flat.GROUP_RELATIVE:
+        for _, mean, scale, name in flat.comparisons(config.estimator, shaped, values, config):
+            if weight := float(scale[traj, turn]):
+                rows.append((name, "baseline", None, -weight, float(mean[traj, turn])))
+    if config.whiten:
+        mean, scale = (float(x) for x in _moments(credit, grid, level))
+        rows = [(*row[:3], row[3] / scale, row[4]) for row in rows]
+        rows.append(("mean advantage of the batch", "baseline", None, -1 / scale, mean))
+    table = pd.DataFrame(rows, columns=["term", "kind", "turn", "coefficient", "value"])
+    table["turn"] = table["turn"].astype("Int64")
+    return table.assign(contribution=table["coefficient"] * table["value"])
 
 
 def segment_index(boundary: Bool[Tensor, "traj turn"]) -> Int[Tensor, "traj turn"]:
@@ -423,8 +293,8 @@ def segment_index(boundary: Bool[Tensor, "traj turn"]) -> Int[Tensor, "traj turn
     return boundary.cumsum(1) - 1
 
 
-VALUES = ("v_low", "v_high", "v_switch")
-COLUMNS = ("traj", "turn", "reward", "done", "switch", "valid", "subgoal", *VALUES)
+COLUMNS = ("traj", "turn", "reward", "done", "switch", "valid", "subgoal")
+VALUE_COLUMNS = ("v_high", "v_low", "v_switch")
 
 
 def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
@@ -433,9 +303,12 @@ def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
     Args:
         turns: One row per turn, in any order. ``traj`` (any hashable), ``turn`` (0, 1, 2, …
             within each), ``reward``, ``done`` (terminated after this turn), ``switch``,
-            ``valid``, ``subgoal`` (text or token ids; empty or missing if there is none),
-            ``v_low``, ``v_high``, ``v_switch`` as in `Values`. Optional ``v_final``, read from
-            each trajectory's last row: the value of the state after it.
+            ``valid``, ``subgoal`` (text or token ids; empty or missing if there is none), and
+            what the estimator reads: ``v_low``, ``v_high``, ``v_switch`` as in `Values` (the
+            critic-free ones read none with ``truncation="zero"``); ``v_final`` in each cut
+            trajectory's last row, the value of the state after it; ``group`` (the task instance,
+            any hashable) for `flat.grpo`, `flat.rloo`, `flat.rloo_rows` and `flat.gigpo`; ``state``
+            (what the turn saw, as in `flat.anchor_states`) for `flat.gigpo`.
         config: What `estimate` should compute.
 
     Returns:
@@ -445,7 +318,7 @@ def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
 
     Raises:
         ValueError: If a column or a number is missing, a (traj, turn) occurs twice, turn
-            numbers have gaps, or an episode goes on after ``done``.
+            numbers have gaps, an episode goes on after ``done``, or a group is no group.
 
     Example:
         >>> turns = pd.DataFrame({
@@ -457,96 +330,181 @@ def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
         0     0.50       NaN        0
         1     0.75      0.75        0
     """
-    grid, values, cell = table_to_grid(turns)
-    blind = ~grid.terminated & values.final.isnan()
-    if config.truncation == "final_state" and blind.any():
-        name = turns["traj"].iloc[int(blind[cell[0]].nonzero()[0])]
-        raise ValueError(
-            f"{int(blind.sum())} trajectories (one is {name!r}) do not end in done and have no "
-            "v_final: give their last row v_final, the value of the state after it, or set "
-            "truncation to 'own_state' or 'zero'"
-        )
+    grid, values, cell = table_to_grid(turns, config)
     credit = estimate(grid, values, config)
+    off = ~grid.boundary
     columns = {
         "adv_low": credit.low,
-        "adv_high": credit.high,
+        "adv_high": credit.high.masked_fill(off, torch.nan),
         "adv_switch": credit.switch,
         "target_low": credit.target_low,
-        "target_high": credit.target_high,
+        "target_high": credit.target_high.masked_fill(off, torch.nan),
         "target_switch": credit.target_switch,
         "segment": segment_index(grid.boundary),
     }
-    table = pd.DataFrame({k: x[cell].numpy() for k, x in columns.items()}, index=turns.index)
-    table.loc[~grid.boundary[cell].numpy(), ["adv_high", "target_high"]] = np.nan
-    return table
+    return pd.DataFrame({k: x[cell].numpy() for k, x in columns.items()}, index=turns.index)
 
 
-def table_to_grid(turns: pd.DataFrame) -> tuple[TurnGrid, Values, tuple[Tensor, Tensor]]:
+def explain_table(
+    turns: pd.DataFrame, config: CreditConfig, traj: Hashable, turn: int, level: Level
+) -> pd.DataFrame:
+    """`explain` for one row of a table as `credit_table` takes it, ``traj`` by its name there."""
+    grid, values, _ = table_to_grid(turns, config)
+    names = list(dict.fromkeys(turns["traj"]))
+    if traj not in names:
+        raise ValueError(f"traj is {traj!r}, expected one of the {len(names)} in the table")
+    return explain(grid, values, config, names.index(traj), turn, level)
+
+
+def table_to_grid(
+    turns: pd.DataFrame, config: CreditConfig
+) -> tuple[TurnGrid, Values, tuple[Tensor, Tensor]]:
     """Lay a table of turns out as a grid, in float64. See `credit_table` for its columns.
 
     Returns:
-        The grid (trajectories in order of appearance), the values (``final`` is NaN where the
-        table has none), and ``cell``: ``x[cell]`` reads a grid back, one number per table row.
+        The grid (trajectories in order of appearance), the values (NaN where the table has none
+        and ``config`` needs none), and ``cell``: ``x[cell]`` reads a grid back, one number per
+        table row.
     """
-    if missing := [name for name in COLUMNS if name not in turns]:
-        raise ValueError(f"turns has no column {missing}, expected {list(COLUMNS)}")
-    if turns.empty or turns["traj"].isna().any():
+    needed = [*COLUMNS, *_columns_read(config)]
+    if missing := [name for name in needed if name not in turns]:
+        raise ValueError(f"turns has no column {missing}, expected {needed}")
+    traj, names = pd.factorize(turns["traj"])
+    if turns.empty or traj.min() < 0:
         raise ValueError("turns has no rows or rows without traj, expected one per turn")
-    ids: dict[Hashable, int] = {}
-    traj = np.array([ids.setdefault(name, len(ids)) for name in turns["traj"]])
-    turn = _floats(turns, "turn")
-    order = np.lexsort((turn, traj))
-    cell = torch.tensor(traj), torch.tensor(turn).long()
+    turn, length = _floats(turns, "turn"), np.bincount(traj)
+    if not _is_gapless(traj, turn, length):
+        raise ValueError(_first_gap(names, traj, turn))
+    turn = turn.astype(np.int64)
+    shape = len(length), int(length.max())
 
-    # From here on in order of trajectory and turn, so that neighbours can be compared.
-    turns, traj, turn, length = turns.iloc[order], traj[order], turn[order], np.bincount(traj)
-    first, again = np.diff(traj, prepend=-1) > 0, np.diff(turn, prepend=-1) == 0
-    last, expected = np.roll(first, -1), np.concatenate([np.arange(n) for n in length])
-    done, switch, valid = (_flags(turns, name) for name in ("done", "switch", "valid"))
-    for wrong, problem in (
-        (again & ~first, "occurs more than once: drop the copies, they would be credited twice"),
-        (turn != expected, "leaves a gap, expected turns 0, 1, 2, ..."),
-        (done & ~last, "has done, expected only at the last turn"),
-    ):
-        if wrong.any():
-            row = turns.iloc[wrong.argmax()]
-            raise ValueError(f"turn {row['turn']} of trajectory {row['traj']!r} {problem}")
-    subgoal = [_subgoal(x) for x in turns["subgoal"]]
-    same = np.array([a == b for a, b in zip(subgoal, [None, *subgoal[:-1]], strict=True)])
+    def grid(column: np.ndarray, padding: float = 0) -> np.ndarray:
+        padded = np.full(shape, padding, dtype=column.dtype)
+        padded[traj, turn] = column
+        return padded
 
-    def grid(column: np.ndarray) -> Tensor:
-        padded = np.zeros((len(length), length.max()), dtype=column.dtype)
-        padded[traj, turn.astype(int)] = column
-        return torch.tensor(padded)
-
-    final = np.full(len(length), np.nan)
+    last = turn == length[traj] - 1
+    done = _flags(turns, "done")
+    if (early := done & ~last).any():
+        where = _earliest(traj, turn, early)
+        raise ValueError(
+            f"turn {turn[where]} of trajectory {names[traj[where]]!r} has done, expected only at "
+            "the last turn"
+        )
+    switch, (subgoal, none) = grid(_flags(turns, "switch")), _subgoals(turns["subgoal"])
+    boundary, subgoal = switch.copy(), grid(subgoal)
+    boundary[:, 0] = True
+    same = np.zeros(shape, dtype=bool)
+    np.equal(subgoal[:, 1:], subgoal[:, :-1], out=same[:, 1:])
+    same[:, 1:] &= np.arange(1, shape[1]) < length[:, None]
+    terminated = np.zeros(shape[0], dtype=bool)
+    terminated[traj[last]] = done[last]
+    final = np.full(shape[0], np.nan)
     if "v_final" in turns:
-        final = _floats(turns[last], "v_final", optional=True)
+        final[traj[last]] = _floats(turns[last], "v_final", optional=True)
+    if config.truncation == "final_state" and (blind := ~terminated & np.isnan(final)).any():
+        raise ValueError(
+            f"{blind.sum()} trajectories (one is {names[blind.argmax()]!r}) do not end in done and "
+            "have no v_final: give their last row v_final, the value of the state after it, or set "
+            "truncation to 'own_state' or 'zero'"
+        )
+    group = state = None
+    if config.estimator in flat.GROUP_RELATIVE:
+        group = _groups(turns, names, traj)
+        if config.estimator == "gigpo":
+            seen = [_hashable(x) for x in turns["state"]]
+            state = flat.anchor_states(seen, group[traj].tolist(), config.anchor_similarity)
+            state = torch.from_numpy(grid(np.array(state)))
+        group = torch.from_numpy(group)
+    value = {
+        name: _floats(turns, name, optional=name not in needed)
+        if name in turns
+        else np.full(len(turns), np.nan)
+        for name in VALUE_COLUMNS
+    }
+    tensor = torch.from_numpy
     return (
         TurnGrid(
-            reward=grid(_floats(turns, "reward")),
-            switch=grid(switch),
-            boundary=grid(switch | first),
-            valid=grid(valid),
-            has_subgoal=grid(np.array([x != "" for x in subgoal])),
-            same_subgoal=grid(same & ~first),
-            terminated=torch.tensor(done[last]),
-            length=torch.tensor(length),
+            reward=tensor(grid(_floats(turns, "reward"))),
+            switch=tensor(switch),
+            boundary=tensor(boundary),
+            valid=tensor(grid(_flags(turns, "valid"))),
+            has_subgoal=tensor(grid(~none)),
+            same_subgoal=tensor(same),
+            terminated=tensor(terminated),
+            length=tensor(length),
+            group=group,
+            state=state,
         ),
-        Values(
-            high=grid(_floats(turns, "v_high")),
-            low=grid(_floats(turns, "v_low")),
-            switch=grid(_floats(turns, "v_switch")),
-            final=torch.tensor(final),
-        ),
-        cell,
+        Values(*(tensor(grid(value[name])) for name in VALUE_COLUMNS), tensor(final)),
+        (tensor(traj), tensor(turn)),
     )
+
+
+def _columns_read(config: CreditConfig) -> list[str]:
+    """The columns, beyond `COLUMNS`, without which ``config`` cannot be computed."""
+    if config.estimator == "hae":
+        return list(VALUE_COLUMNS)
+    if config.estimator == "gae":
+        return [f"v_{config.gae_value}"]
+    read = ["v_high"] if config.truncation == "own_state" else []
+    read += ["group"] if config.estimator in flat.GROUP_RELATIVE else []
+    return read + (["state"] if config.estimator == "gigpo" else [])
+
+
+def _is_gapless(traj: np.ndarray, turn: np.ndarray, length: np.ndarray) -> bool:
+    """Each trajectory has turns 0, 1, 2, ... once: as many as rows, all in range, none twice."""
+    if not ((turn >= 0) & (turn < length[traj]) & (turn == np.floor(turn))).all():
+        return False
+    place = (length.cumsum() - length)[traj] + turn.astype(np.int64)
+    return bool((np.bincount(place, minlength=len(turn)) == 1).all())
+
+
+def _first_gap(names: pd.Index, traj: np.ndarray, turn: np.ndarray) -> str:
+    """What is wrong with the first turn that is not where it should be."""
+    order = np.lexsort((turn, traj))
+    traj, turn = traj[order], turn[order]
+    expected = np.concatenate([np.arange(n) for n in np.bincount(traj)])
+    at = (turn != expected).argmax()
+    if at and traj[at] == traj[at - 1] and turn[at] == turn[at - 1]:
+        problem = "occurs more than once: drop the copies, they would be credited twice"
+    else:
+        problem = "leaves a gap, expected turns 0, 1, 2, ..."
+    return f"turn {turn[at]:g} of trajectory {names[traj[at]]!r} {problem}"
+
+
+def _earliest(traj: np.ndarray, turn: np.ndarray, wrong: np.ndarray) -> int:
+    """Row of the first wrong turn of the first trajectory that has one."""
+    rows = wrong.nonzero()[0]
+    return int(rows[np.lexsort((turn[rows], traj[rows]))[0]])
+
+
+def _groups(turns: pd.DataFrame, names: pd.Index, traj: np.ndarray) -> np.ndarray:
+    """One number per trajectory; no trajectory in two groups or alone in its group."""
+    code, groups = pd.factorize(turns["group"])
+    group = np.full(len(names), -1)
+    group[traj] = code
+    if (wrong := (group[traj] != code) | (code < 0)).any():
+        name, seen = names[traj[wrong.argmax()]], turns["group"].iloc[int(wrong.argmax())]
+        raise ValueError(
+            f"group is {seen!r} in trajectory {name!r}, expected one and the same in all its turns"
+        )
+    size = np.bincount(group)
+    if (size == 1).any():
+        alone = (size[group] == 1).argmax()
+        raise ValueError(
+            f"trajectory {names[alone]!r} is alone in group {groups[group[alone]]!r}, expected at "
+            "least two trajectories of each task instance to compare"
+        )
+    return group
 
 
 def _floats(turns: pd.DataFrame, name: str, optional: bool = False) -> np.ndarray:
     """A column as float64; what is no finite number is refused, or NaN if ``optional``."""
     column = pd.to_numeric(turns[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    wrong = ~np.isfinite(column) & ~(turns[name].isna().to_numpy() & optional)
+    wrong = ~np.isfinite(column)
+    if optional:
+        wrong &= ~turns[name].isna().to_numpy()
     if wrong.any():
         seen, where = turns[name][wrong].tolist()[0], turns.index[wrong][0]
         raise ValueError(f"{name} is {seen!r} at index {where!r}, expected a finite number")
@@ -555,58 +513,88 @@ def _floats(turns: pd.DataFrame, name: str, optional: bool = False) -> np.ndarra
 
 def _flags(turns: pd.DataFrame, name: str) -> np.ndarray:
     """A column as bool; 0 and 1 will do, text and missing values will not."""
-    wrong = ~turns[name].isin([True, False]).to_numpy(bool)
-    if wrong.any():
-        seen, where = turns[name][wrong].tolist()[0], turns.index[wrong][0]
-        raise ValueError(f"{name} is {seen!r} at index {where!r}, expected True or False")
+    if turns[name].dtype != bool:
+        wrong = ~turns[name].isin([True, False]).to_numpy(bool)
+        if wrong.any():
+            seen, where = turns[name][wrong].tolist()[0], turns.index[wrong][0]
+            raise ValueError(f"{name} is {seen!r} at index {where!r}, expected True or False")
     return turns[name].to_numpy(bool)
 
 
-def _subgoal(subgoal: object) -> Hashable:
-    """Text or token ids as something to compare; ``""`` if there is none."""
-    if isinstance(subgoal, str):
-        return subgoal
-    if hasattr(subgoal, "tolist"):  # an array or a tensor of ids
-        subgoal = subgoal.tolist()
-    return "" if pd.api.types.is_scalar(subgoal) else tuple(subgoal) or ""
+def _subgoals(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each different subgoal, and where there is none."""
+    if pd.api.types.infer_dtype(column, skipna=True) not in ("string", "empty"):
+        column = pd.Series([_hashable(x) for x in column], dtype=object)
+    code, different = pd.factorize(column, use_na_sentinel=True)
+    empty = [i for i, x in enumerate(different) if x == "" or x == ()]
+    code[np.isin(code, empty)] = -1
+    return code, code == -1
 
 
-def _layout(grid: TurnGrid, values: Values | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks [traj, turn]: turn exists; is its episode's last; a boundary comes right after it.
-
-    Checks shapes too: a wrong one would broadcast and still give numbers.
-    """
-    traj, turn = grid.reward.shape
-    for name, x in [*grid._asdict().items(), *(values._asdict().items() if values else ())]:
-        expected = (traj,) if name in ("terminated", "length", "final") else (traj, turn)
-        if x.shape != expected:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
-    if not (ok := (grid.length >= 1) & (grid.length <= turn)).all():
-        seen = int(grid.length[~ok][0])
-        raise ValueError(f"a trajectory has length {seen}, expected 1 to {turn} turns")
-    if not grid.boundary[:, 0].all():
-        raise ValueError("boundary is False at turn 0, expected every first turn to be one")
-    length, column = grid.length[:, None], torch.arange(turn, device=grid.reward.device)
-    real = column < length
-    return real, column == length - 1, _next(grid.boundary & real)
+def _hashable(x: object) -> Hashable:
+    """Text as it is; an array, a tensor or a list of token ids as a tuple; missing as None."""
+    if isinstance(x, str):
+        return x
+    if hasattr(x, "tolist"):
+        x = x.tolist()
+    return (
+        None if pd.api.types.is_scalar(x) and pd.isna(x) else tuple(x) if isinstance(x, list) else x
+    )
 
 
-def _after_last_turn(grid: TurnGrid, values: Values, config: CreditConfig, own: Tensor) -> Tensor:
-    """Value of the state after each trajectory's last turn, as [traj, 1]; 0 if it terminated."""
-    future = {"final_state": values.final, "own_state": own, "zero": torch.zeros_like(own)}
-    return torch.where(grid.terminated, 0, _numbers(future[config.truncation]))[:, None]
+def _estimator(config: CreditConfig) -> Callable[[TurnGrid, Values, CreditConfig], Credit]:
+    return hae if config.estimator == "hae" else getattr(flat, config.estimator)
 
 
-def _next(x: Tensor) -> Tensor:
-    """What the following turn holds; 0 (or False) after the last column."""
-    return pad(x[:, 1:], (0, 1))
+def _decisions(grid: TurnGrid, level: Level) -> Bool[Tensor, "traj turn"]:
+    """Where something was decided at this level."""
+    real, _, _ = layout(grid)
+    return real & grid.boundary if level == "high" else real
 
 
-def _pick(x: Tensor, turn: Tensor) -> Tensor:
-    """One column per trajectory, as [traj]."""
-    return x.gather(1, turn.long()[:, None])[:, 0]
+def _moments(credit: Credit, grid: TurnGrid, level: Level) -> tuple[Tensor, Tensor]:
+    """What `whiten` subtracts and divides by; 0 and 1 where nothing is counted."""
+    counted = _decisions(grid, level)
+    if level == "high":
+        counted = counted & grid.has_subgoal
+    x = getattr(credit, level)[counted]
+    if not len(x):
+        return x.new_zeros(()), x.new_ones(())
+    std, mean = torch.std_mean(x, correction=0)  # exact for equal numbers (Welford)
+    return mean, std + 1e-8
 
 
-def _numbers(x: Tensor) -> Tensor:
-    """At least float32: half precision is for storing numbers, not for adding them up."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _refuse_nonfinite(grid: TurnGrid, values: Values, config: CreditConfig) -> None:
+    """Names the first number that is read and is no number."""
+    real, last, _ = layout(grid, values)
+    cut = last & ~grid.terminated[:, None]
+    read = {"reward": (grid.reward, real)}
+    if config.estimator == "hae":
+        read["high"] = values.high, real & grid.boundary
+        read["low"], read["switch"] = (values.low, real), (values.switch, real)
+    elif config.estimator == "gae":
+        read[config.gae_value] = getattr(values, config.gae_value), real
+    elif config.truncation == "own_state":
+        read["high"] = values.high, cut
+    if config.truncation == "final_state":
+        read["final"] = values.final[:, None].expand_as(cut), cut
+    for name, (x, where) in read.items():
+        wrong = where & ~x.isfinite()
+        if wrong.any():
+            traj, turn = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} is {float(x[traj, turn])} at turn {turn} of trajectory {traj}, expected "
+                "a finite number"
+            )
+
+
+def _find(grid: TurnGrid, traj: int, turn: int, level: str) -> None:
+    """Refuses what has no advantage."""
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}, expected one of {LEVELS}")
+    if not 0 <= traj < len(grid.length):
+        raise ValueError(f"traj is {traj}, expected 0 to {len(grid.length) - 1}")
+    if not 0 <= turn < grid.length[traj]:
+        raise ValueError(f"turn is {turn}, expected 0 to {int(grid.length[traj]) - 1}")
+    if not _decisions(grid, level)[traj, turn]:
+        raise ValueError(f"turn {turn} kept its subgoal, expected a boundary for level 'high'")

@@ -1,7 +1,7 @@
 """From a data frame to a `plotly.graph_objects.Figure`, one plain function per picture.
 
 A level has one colour in every figure, from Okabe & Ito's colour-blind safe set: the switch, the
-subgoal (high), the action (low).
+subgoal (high), the action (low). Runs, shares and signs have colours of their own.
 Backgrounds are transparent, and every ink is readable on white and on JupyterLab's dark theme.
 
 The frames are those of `hiper_lab.trajectory` and ``metrics.jsonl``. Columns may also be named as
@@ -12,6 +12,7 @@ Left out on purpose: widgets (they copy data out of these figures), torch, readi
 """
 
 import html
+import math
 import os
 from pathlib import Path
 
@@ -23,6 +24,12 @@ from plotly.subplots import make_subplots
 COLORS = {"switch": "#D55E00", "high": "#0072B2", "low": "#009E73"}
 INK = "#777777"  # text, axes, and whatever belongs to no level
 NAMES = {"switch": "switch", "high": "subgoal (high)", "low": "action (low)"}
+RUNS = (INK, "#9B5FC0", "#A6761D", "#D1478C")
+POSITIVE, NEGATIVE = (230, 159, 0), (155, 95, 192)  # orange and purple: safe, and no level's colour
+SIGNS = [
+    [0, f"rgb{NEGATIVE}"], [0.5, "rgba(127,127,127,0.12)"], [1, f"rgb{POSITIVE}"],
+]  # fmt: skip
+SHARES = [[0, "rgba(155,95,192,0.05)"], [1, f"rgb{NEGATIVE}"]]
 
 _AXIS = {"gridcolor": "rgba(127,127,127,0.25)", "zerolinecolor": "rgba(127,127,127,0.6)"}
 # plotly's own template is 16 kB in every saved figure
@@ -36,8 +43,16 @@ pio.templates["hiper_lab"] = go.layout.Template(
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "x": 0, "y": 1.08, "yanchor": "bottom"},
         "margin": {"l": 60, "r": 60, "t": 90, "b": 50},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": "#9B5FC0"},
     }
 )
+
+
+def rgba(color: str | tuple[int, int, int], alpha: float) -> str:
+    """A colour with opacity alpha in [0, 1], as CSS and plotly write it."""
+    if isinstance(color, str):
+        color = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({color[0]},{color[1]},{color[2]},{alpha:.2f})"
 
 
 def training_curves(metrics: pd.DataFrame) -> go.Figure:
@@ -62,7 +77,7 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     evals = ["eval/success", "eval/success_low", "eval/success_high"]
     evals = evals if evals[0] in metrics else []
     always = ["iteration", "rollout/success", "plan/switch_rate", "plan/segment_turns"]
-    _require(metrics, always + evals)
+    require(metrics, always + evals)
     metrics = metrics.sort_values("iteration")
     panels = ["success", "switches and segments", "values: correlation with return", "entropies"]
     figure = make_subplots(
@@ -99,12 +114,12 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     titles = ["success rate", "switches per turn", "turns per segment", "correlation", "nats"]
     for axis, title in zip(figure.select_yaxes(), titles, strict=True):
         axis.update(title_text=title, rangemode="normal" if title == "correlation" else "tozero")
-    figure.update_xaxes(title_text="iteration", row=2)
+    _iteration_axes(figure, metrics["iteration"], row=2)
     figure.update_layout(yaxis_range=[0, 1], yaxis3={"showgrid": False, "tickmode": "auto"})
     return figure.update_layout(template="hiper_lab", height=620)
 
 
-def trajectory_timeline(turns: pd.DataFrame) -> go.Figure:
+def trajectory_timeline(turns: pd.DataFrame, selected: int | None = None) -> go.Figure:
     """Show one trajectory: its subgoals, what the critic expected, and who got which credit.
 
     Top: one bar per segment with its subgoal, and a mark where the agent said SWITCH. Middle: the
@@ -114,32 +129,22 @@ def trajectory_timeline(turns: pd.DataFrame) -> go.Figure:
         turns: One row per turn of one trajectory, in any order: ``turn``, ``segment``,
             ``switch``, ``subgoal``, ``action``, ``reward``, ``value_high``, ``value_low`` and
             ``advantage_high`` (NaN off boundaries), ``advantage_low``, ``advantage_switch``.
-            An ``observation`` is shown on hover if there is one.
+            An ``observation`` is shown on hover if there is one, and how it came to its ``end``.
+        selected: The turn to mark.
 
     Raises:
         ValueError: If columns are missing, there is no turn, or a turn comes twice.
     """
-    turns = _canonical(turns)
-    needed = ["turn", "segment", "switch", "subgoal", "action", "reward", "value_high", "value_low"]
-    _require(turns, needed + [f"advantage_{level}" for level in COLORS])
-    if turns["turn"].duplicated().any():
-        raise ValueError(f"turns are {sorted(turns['turn'])}, expected each once: one trajectory")
-    turns = turns.sort_values("turn")
-    x, switched = turns["turn"], turns[turns["switch"].astype(bool)]
+    needed = ["action", "reward", "value_high", "value_low"]
+    turns = _one_trajectory(turns, needed)
+    x = turns["turn"]
     figure = make_subplots(3, shared_xaxes=True, row_heights=[1, 2.5, 2.8], vertical_spacing=0.06)
-    segments = turns.groupby("segment")
-    figure.add_bar(
-        x=segments.size(), base=segments["turn"].min() - 0.5, y=[0] * len(segments), width=1,
-        orientation="h", text=segments["subgoal"].first().map(_text),
-        textposition="inside", insidetextanchor="start", textangle=0, textfont={"color": "white"},
-        marker={"color": COLORS["high"], "line": {"width": 2, "color": "white"}}, showlegend=False,
-        hovertemplate="%{text}<br>%{x} turns<extra></extra>", row=1, col=1,
-    )  # fmt: skip
-    figure.add_scatter(
-        x=switched["turn"] - 0.5, y=[0.7] * len(switched), mode="markers", cliponaxis=False,
-        marker={"color": COLORS["switch"], "symbol": "triangle-down", "size": 11},
-        name="SWITCH", hovertemplate="SWITCH<extra></extra>", row=1, col=1,
-    )  # fmt: skip
+    _segments(figure, turns, 0)
+    if "end" in turns:
+        figure.add_annotation(
+            text="ended: " + str(turns["end"].iloc[0]).replace("_", " "), showarrow=False,
+            x=1, xref="paper", xanchor="right", y=1, yref="paper", yanchor="bottom",
+        )  # fmt: skip
     said = turns["action"].map(_text)
     if "observation" in turns:
         said = said + "<br>" + turns["observation"].map(_text)
@@ -157,10 +162,241 @@ def trajectory_timeline(turns: pd.DataFrame) -> go.Figure:
     for level, color in COLORS.items():
         per_turn(figure.add_bar, f"advantage_{level}", NAMES[level], row=3, marker_color=color)
 
-    figure.update_xaxes(range=[x.min() - 0.5, x.max() + 0.5], zeroline=False)
-    figure.update_layout(yaxis={"tickvals": [0], "ticktext": ["subgoal"], "range": [-0.6, 1]})
+    _turn_axes(figure, turns, selected)
     figure.update_layout(xaxis3_title="turn", yaxis2_title="value, reward", height=640)
     return figure.update_layout(yaxis3_title="advantage (reward)", template="hiper_lab")
+
+
+def credit_comparison(
+    first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str], selected: int | None = None
+) -> go.Figure:
+    """Show what two estimators say of the same trajectory, and where they differ.
+
+    Below the subgoals: the advantages of the first, those of the second, on the same scale, and
+    second minus first.
+
+    Args:
+        first: One row per turn of one trajectory: ``turn``, ``segment``, ``switch``, ``subgoal``
+            and ``advantage_high`` (NaN off boundaries), ``advantage_low``, ``advantage_switch``.
+        second: The same turns by another estimator.
+        names: What the two are called.
+        selected: The turn to mark.
+
+    Raises:
+        ValueError: If columns are missing, a turn comes twice, or the turns are not the same.
+    """
+    first, second = _one_trajectory(first), _one_trajectory(second)
+    if first["turn"].tolist() != second["turn"].tolist():
+        seen = f"{len(first)} turns and {len(second)} turns"
+        raise ValueError(f"{seen}, expected the same turns of one trajectory")
+    columns = [f"advantage_{level}" for level in COLORS]
+    a, b = (frame.set_index("turn")[columns].astype(float) for frame in (first, second))
+    figure = make_subplots(
+        4, shared_xaxes=True, row_heights=[1, 2, 2, 2], vertical_spacing=0.05,
+    )  # fmt: skip
+    _segments(figure, first, 0)
+    for row, frame in enumerate((a, b, b.fillna(0) - a.fillna(0)), 2):
+        for level, color in COLORS.items():
+            figure.add_bar(
+                x=frame.index, y=frame[f"advantage_{level}"].to_numpy(), name=NAMES[level],
+                legendgroup=level, showlegend=row == 2, marker_color=color, row=row, col=1,
+                hovertemplate="turn %{x}: %{y:.4f}",
+            )  # fmt: skip
+    _turn_axes(figure, first, selected)
+    limit = max(1e-6, pd.concat([a, b]).abs().max().max()) * 1.08
+    for row, title in enumerate((*names, "difference"), 2):
+        figure.update_yaxes(title_text=_text(title, 28), row=row)
+        if row < 4:
+            figure.update_yaxes(range=[-limit, limit], row=row)
+    return figure.update_layout(xaxis4_title="turn", height=640, template="hiper_lab")
+
+
+def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:
+    """Show how several trajectories of one task divided it into subgoals, one lane each.
+
+    Args:
+        turns: One row per turn of all of them: ``lane`` (what to call the trajectory), ``turn``,
+            ``segment``, ``switch``, ``subgoal``, ``end``.
+        limit: Draw at most this many lanes, the first ones; at least 1.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+    """
+    require(turns, ["lane", "turn", "segment", "switch", "subgoal", "end"])
+    lanes = list(dict.fromkeys(turns["lane"]))
+    figure = go.Figure()
+    for y, lane in enumerate(lanes[:limit]):
+        rows = turns[turns["lane"] == lane].sort_values("turn")
+        _segments(figure, rows, -y)
+        figure.add_annotation(
+            x=rows["turn"].max() + 0.6, y=-y, text=str(rows["end"].iloc[0]).replace("_", " "),
+            showarrow=False, xanchor="left",
+        )  # fmt: skip
+    shown = lanes[:limit]
+    omitted = f" ({len(shown)} of {len(lanes)} trajectories)" if len(lanes) > limit else ""
+    figure.update_yaxes(
+        tickvals=[-y for y in range(len(shown))], ticktext=[_text(lane, 40) for lane in shown],
+        automargin=True, zeroline=False, showgrid=False,
+    )  # fmt: skip
+    last = turns.loc[turns["lane"].isin(shown), "turn"].max()
+    figure.update_xaxes(title="turn" + omitted, zeroline=False, range=[-0.6, last + 3.5])
+    figure.update_layout(barmode="overlay", height=150 + 60 * len(shown))
+    return figure.update_layout(template="hiper_lab")
+
+
+CURVES = ("rollout/success", "eval/success", "plan/switch_rate", "plan/segment_turns")
+
+
+def learning_curves(
+    metrics: pd.DataFrame, columns: tuple[str, ...] = CURVES, smooth: int = 1
+) -> go.Figure:
+    """Compare runs: mean over seeds with a 95% band, one panel per metric.
+
+    The band is mean ± t s/√n, Student's interval for n seeds; a single seed has none.
+
+    Args:
+        metrics: One row per run, seed and iteration: ``run`` (what is compared), ``seed``,
+            ``iteration`` and metrics. NaN leaves out a point.
+        columns: The metrics to draw; one that no run has is left out.
+        smooth: Average each seed's curve over so many iterations, at least 1.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+
+    Example:
+        >>> rows = [("a", 0, 1, 0.2), ("a", 1, 1, 0.4)]
+        >>> metrics = pd.DataFrame(rows, columns=["run", "seed", "iteration", "rollout/success"])
+        >>> band, curve = learning_curves(metrics).data
+        >>> curve.y.round(3), band.y.round(3)     # 0.3 ± 12.706 · 0.1
+        (array([0.3]), array([ 1.571, -0.971]))
+    """
+    require(metrics, ["run", "seed", "iteration"])
+    columns = [c for c in columns if c in metrics and metrics[c].notna().any()]
+    if not columns:
+        raise ValueError(f"none of the metrics is there; the frame has {list(metrics.columns)}")
+    across = 1 if len(columns) == 1 else 2
+    figure = make_subplots(
+        math.ceil(len(columns) / across), across, shared_xaxes=True, subplot_titles=columns,
+        vertical_spacing=0.12, horizontal_spacing=0.1,
+    )  # fmt: skip
+    for i, (run, rows) in enumerate(metrics.groupby("run", sort=False)):
+        color, dash = RUNS[i % len(RUNS)], ("solid", "dash", "dot")[i // len(RUNS) % 3]
+        for k, column in enumerate(columns):
+            known = rows.dropna(subset=[column]).sort_values("iteration")
+            smoothed = known.groupby("seed")[column].transform(
+                lambda curve: curve.rolling(smooth, min_periods=1).mean()
+            )
+            seeds = smoothed.groupby(known["iteration"]).agg(["mean", "sem", "size"])
+            place = {"row": k // across + 1, "col": k % across + 1, "legendgroup": str(run)}
+            banded = seeds[seeds["size"] > 1]
+            half = banded["sem"] * banded["size"].map(_student)
+            around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
+            figure.add_scatter(
+                x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
+                fillcolor=rgba(color, 0.2), showlegend=False, **place,
+            )  # fmt: skip
+            figure.add_scatter(
+                x=seeds.index, y=seeds["mean"].to_numpy(), name=_text(run, 60), showlegend=k == 0,
+                mode="lines+markers" if column.startswith("eval/") else "lines",
+                line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", **place,
+            )  # fmt: skip
+    _iteration_axes(figure, metrics["iteration"], row=math.ceil(len(columns) / across))
+    figure.update_yaxes(rangemode="tozero")
+    return figure.update_layout(
+        height=120 + 250 * math.ceil(len(columns) / across), template="hiper_lab"
+    )
+
+
+def share_map(shares: pd.DataFrame, title: str) -> go.Figure:
+    """Show how shares move over training, one row per kind and one panel per run.
+
+    Args:
+        shares: ``run``, ``iteration``, ``kind`` and ``share``, in [0, 1], e.g. the success per task
+            type or how often each failure happened. Optional ``n``, shown on hover.
+        title: What the share is of.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+    """
+    require(shares, ["run", "iteration", "kind", "share"])
+    runs, kinds = list(dict.fromkeys(shares["run"])), list(dict.fromkeys(shares["kind"]))
+    figure = make_subplots(
+        1, len(runs), shared_yaxes=True, subplot_titles=[_text(run, 40) for run in runs],
+        horizontal_spacing=0.03,
+    )  # fmt: skip
+    for col, run in enumerate(runs, 1):
+        rows = shares[shares["run"] == run]
+        table = rows.pivot(index="kind", columns="iteration", values="share").reindex(kinds[::-1])
+        counts = rows.assign(n=rows["n"] if "n" in rows else 1)
+        counts = counts.pivot(index="kind", columns="iteration", values="n").reindex(kinds[::-1])
+        figure.add_heatmap(
+            z=table.to_numpy(float), x=[str(x) for x in table.columns],
+            y=[_text(kind, 40) for kind in table.index], customdata=counts.to_numpy(float),
+            zmin=0, zmax=1, colorscale=SHARES, xgap=1, ygap=1, showscale=col == len(runs),
+            texttemplate="%{z:.0%}" if table.size <= 80 else None,
+            hovertemplate="%{y}, iteration %{x}: %{z:.1%} of %{customdata}<extra></extra>",
+            colorbar={"tickformat": ".0%", "thickness": 12}, row=1, col=col,
+        )  # fmt: skip
+    figure.update_xaxes(title_text="iteration", type="category", showgrid=False)
+    figure.update_yaxes(automargin=True, showgrid=False)
+    figure.update_layout(title={"text": _text(title), "font": {"size": 14}, "x": 0})
+    return figure.update_layout(height=150 + 34 * len(kinds), template="hiper_lab")
+
+
+def subgoal_history(segments: pd.DataFrame, limit: int = 20) -> go.Figure:
+    """Show the vocabulary of subgoals over training: which appear, how often, with what credit.
+
+    A dot's area is the subgoal's share of the iteration's segments, its colour the mean
+    ``advantage_high`` of choosing it: orange above zero, purple below. Panels are runs.
+
+    Args:
+        segments: One row per segment: ``iteration``, ``subgoal``, ``advantage_high``, ``success``
+            (of its trajectory) and, optional, ``run``.
+        limit: Draw at most this many subgoals, the most frequent ones; at least 1.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+    """
+    segments = _canonical(segments)
+    segments = segments if "run" in segments else segments.assign(run="")
+    require(segments, ["iteration", "subgoal", "advantage_high", "success"])
+    counts = segments["subgoal"].value_counts()
+    names = counts.index[:limit][::-1]
+    table = segments.groupby(["run", "iteration", "subgoal"], sort=False, as_index=False).agg(
+        n=("subgoal", "size"), credit=("advantage_high", "mean"), won=("success", "mean")
+    )
+    table["share"] = table["n"] / table.groupby(["run", "iteration"])["n"].transform("sum")
+    table = table[table["subgoal"].isin(names)]
+    limit_credit = max(1e-6, table["credit"].abs().max())
+    runs = list(dict.fromkeys(table["run"]))
+    figure = make_subplots(
+        1, len(runs), shared_yaxes=True, horizontal_spacing=0.03,
+        subplot_titles=[_text(run, 40) for run in runs] if runs != [""] else None,
+    )  # fmt: skip
+    place = {name: i for i, name in enumerate(names)}
+    for col, run in enumerate(runs, 1):
+        rows = table[table["run"] == run]
+        figure.add_scatter(
+            x=rows["iteration"], y=rows["subgoal"].map(place), mode="markers", showlegend=False,
+            customdata=[
+                f"{_text(name)}<br>{n} segments ({share:.1%}), won {won:.0%}<br>credit {credit:.4f}"
+                for name, n, share, won, credit in zip(
+                    *(rows[c] for c in ("subgoal", "n", "share", "won", "credit")), strict=True
+                )
+            ],
+            marker={
+                "size": rows["share"], "sizemode": "area", "sizeref": table["share"].max() / 22**2,
+                "sizemin": 3, "color": rows["credit"].to_numpy(), "colorscale": SIGNS,
+                "cmin": -limit_credit, "cmax": limit_credit, "line": {"width": 1, "color": INK},
+                "showscale": col == len(runs),
+                "colorbar": {"title": {"text": "mean credit<br>(reward)"}, "thickness": 12},
+            },
+            hovertemplate="iteration %{x}<br>%{customdata}<extra></extra>", row=1, col=col,
+        )  # fmt: skip
+    _iteration_axes(figure, segments["iteration"])
+    ticks = {"tickvals": list(place.values()), "ticktext": [_text(n, 40) for n in names]}
+    figure.update_yaxes(automargin=True, zeroline=False, **ticks)
+    return figure.update_layout(height=140 + 26 * len(names), template="hiper_lab")
 
 
 def credit_per_subgoal(turns: pd.DataFrame, limit: int = 20) -> go.Figure:
@@ -185,7 +421,7 @@ def credit_per_subgoal(turns: pd.DataFrame, limit: int = 20) -> go.Figure:
         (('wait (n=1)', 'find mug (n=2)'), array([-0.2,  0.4]))
     """
     turns = _canonical(turns)
-    _require(turns, ["subgoal", "advantage_high"])
+    require(turns, ["subgoal", "advantage_high"])
     chosen = turns[turns["advantage_high"].notna()].astype({"advantage_high": float})
     if chosen.empty or limit < 1:
         seen = f"{len(chosen)} rows with an advantage_high, limit {limit}"
@@ -238,6 +474,51 @@ def save(figure: go.Figure, path: Path | str) -> Path:
         temporary.unlink(missing_ok=True)
 
 
+def _segments(figure: go.Figure, turns: pd.DataFrame, y: int) -> None:
+    """A bar per segment at height y of the first panel, and a mark where the agent said SWITCH."""
+    segments, switched = turns.groupby("segment"), turns[turns["switch"].astype(bool)]
+    figure.add_bar(
+        x=segments.size(), base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.9,
+        orientation="h", text=segments["subgoal"].first().map(_text),
+        textposition="inside", insidetextanchor="start", textangle=0, textfont={"color": "white"},
+        marker={"color": COLORS["high"], "line": {"width": 2, "color": "white"}}, showlegend=False,
+        constraintext="none", hovertemplate="%{text}<br>%{x} turns<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=switched["turn"] - 0.5, y=[y + 0.65] * len(switched), mode="markers", cliponaxis=False,
+        marker={"color": COLORS["switch"], "symbol": "triangle-down", "size": 11},
+        name="SWITCH", showlegend=y == 0, hovertemplate="SWITCH<extra></extra>",
+    )  # fmt: skip
+
+
+def _iteration_axes(figure: go.Figure, iterations: pd.Series, row: int | None = None) -> None:
+    """Whole numbers only, also on the axis of a short run."""
+    short = iterations.max() - iterations.min() <= 10
+    figure.update_xaxes(dtick=1 if short else None, zeroline=False)
+    figure.update_xaxes(title_text="iteration", row=row)
+
+
+def _turn_axes(figure: go.Figure, turns: pd.DataFrame, selected: int | None) -> None:
+    """Shared axis of turns, the axis of the subgoals, and a band behind the selected turn."""
+    x = turns["turn"]
+    figure.update_xaxes(range=[x.min() - 0.5, x.max() + 0.5], zeroline=False)
+    figure.update_layout(yaxis={"tickvals": [0], "ticktext": ["subgoal"], "range": [-0.6, 1]})
+    if selected is not None:
+        figure.add_shape(
+            type="rect", x0=selected - 0.5, x1=selected + 0.5, y0=0, y1=1, yref="paper",
+            fillcolor="rgba(127,127,127,0.2)", line_width=0, layer="below",
+        )  # fmt: skip
+
+
+def _one_trajectory(turns: pd.DataFrame, columns: list[str] | None = None) -> pd.DataFrame:
+    turns = _canonical(turns)
+    needed = ["turn", "segment", "switch", "subgoal", *(columns or [])]
+    require(turns, needed + [f"advantage_{level}" for level in COLORS])
+    if turns["turn"].duplicated().any():
+        raise ValueError(f"turns are {sorted(turns['turn'])}, expected each once: one trajectory")
+    return turns.sort_values("turn")
+
+
 def _canonical(turns: pd.DataFrame) -> pd.DataFrame:
     """Read the columns of ``credit_table`` as those of ``turn_frame``."""
     prefixes = {"adv": "advantage", "v": "value"}
@@ -245,12 +526,31 @@ def _canonical(turns: pd.DataFrame) -> pd.DataFrame:
     return turns.rename(columns={a: b for a, b in names.items() if b not in turns})
 
 
-def _require(frame: pd.DataFrame, columns: list[str]) -> None:
+def require(frame: pd.DataFrame, columns: list[str]) -> None:
+    """Refuse a frame without these columns, or without rows, with a ValueError."""
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"missing columns {missing}; the frame has {list(frame.columns)}")
     if frame.empty:
         raise ValueError("the frame has no rows, expected at least one")
+
+
+def _student(n: int) -> float:
+    """The 97.5% quantile of Student's t with n - 1 degrees of freedom.
+
+    >>> [round(_student(n), 3) for n in (2, 11, 12, 31)]
+    [12.706, 2.228, 2.201, 2.042]
+    """
+    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    if n - 2 < len(exact):
+        return exact[n - 2]
+    z, v = 1.959964, n - 1  # Abramowitz & Stegun 26.7.5
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
 
 
 def _text(value: object, width: int = 300) -> str:

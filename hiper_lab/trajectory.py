@@ -1,8 +1,9 @@
 """What happened: turns, trajectories, why they ended, and their record on disk.
 
-A record is one JSON line per trajectory (``.jsonl`` or ``.jsonl.gz``), with a schema number,
-readable without the trainer or any model. Token ids are the source of truth; text is
-derived from them. Data frames exist at every grain: run, trajectory, segment, turn, token.
+A record is one JSON line per trajectory (``.jsonl`` or ``.jsonl.gz``): the fields of `Trajectory`
+and its `Turn`, and ``"schema": SCHEMA``. It is readable without the trainer or any model. Token ids
+are the source of truth; text is derived from them. Data frames exist at every grain: run,
+trajectory, segment, turn, token. `records` reads whole runs, and logs of other frameworks.
 
 Left out on purpose: tensors other than the turn grid, plots, anything about training.
 """
@@ -12,18 +13,22 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
-from hiper_lab.credit import TurnGrid
+from hiper_lab.flat import anchor_states
+from hiper_lab.grid import TurnGrid, Values
 from hiper_lab.protocol import Role
 
-SCHEMA = 1
+# 1: the first. 2: adds Turn.pieces and Trajectory.task_type, both empty in older records.
+SCHEMA = 2
 
 
 class EndReason(StrEnum):
@@ -46,8 +51,10 @@ class Turn:
     """One prompt, response and environment step.
 
     ``roles``, ``logprobs`` and ``chosen`` have one entry per response token; a token that was
-    injected rather than sampled has ``chosen`` False and log-probability 0. Values and advantages
-    are None until they are computed; ``advantage_high`` stays None off segment boundaries.
+    injected rather than sampled has ``chosen`` False and log-probability 0. ``pieces`` is the text
+    of each response token (their concatenation is the response), or empty where nobody kept it.
+    Values and advantages are None until they are computed; ``advantage_high`` stays None off
+    segment boundaries.
     """
 
     observation: str
@@ -69,6 +76,7 @@ class Turn:
     advantage_high: float | None = None
     advantage_low: float | None = None
     advantage_switch: float | None = None
+    pieces: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -76,6 +84,7 @@ class Trajectory:
     """One episode from reset to its end, with the prompt that would have come next.
 
     ``final_prompt_ids`` is what a truncated episode bootstraps from: the state after the last turn.
+    ``task_type`` is the environment's class of tasks, for results per class; empty if it has none.
     """
 
     id: str
@@ -88,6 +97,7 @@ class Trajectory:
     final_prompt_ids: list[int]
     final_value: float | None = None
     detail: str = ""  # for EndReason.ERROR: what the environment said
+    task_type: str = ""
 
     @property
     def success(self) -> bool:
@@ -104,8 +114,11 @@ def boundaries(trajectory: Trajectory) -> list[bool]:
     return [i == 0 or turn.switch for i, turn in enumerate(trajectory.turns)]
 
 
-def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
+def to_grid(trajectories: list[Trajectory], anchor_similarity: float = 1.0) -> TurnGrid:
     """Lay trajectories out as ``[traj, turn]`` tensors, padded on the right.
+
+    Trajectories of one ``game`` are one group, and turns of a group with one ``observation`` one
+    state (or similar ones, see `hiper_lab.flat.anchor_states`).
 
     Raises:
         ValueError: If there are no trajectories, or one has no turns.
@@ -116,8 +129,8 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
             f"expected trajectories with at least one turn, got {empty or 'none at all'}"
         )
 
-    def grid(rows: Iterable[list], dtype: torch.dtype) -> torch.Tensor:
-        rows = [torch.tensor(row, dtype=dtype) for row in rows]
+    def grid(rows: Iterable, dtype: torch.dtype) -> torch.Tensor:
+        rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def same(trajectory: Trajectory) -> list[bool]:
@@ -125,6 +138,14 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
         return [i > 0 and subgoals[i] == subgoals[i - 1] for i in range(len(subgoals))]
 
     turns = [t.turns for t in trajectories]
+    length = torch.tensor([len(row) for row in turns])
+    games = list(dict.fromkeys(t.game for t in trajectories))
+    group = torch.tensor([games.index(t.game) for t in trajectories])
+    state = anchor_states(
+        [turn.observation for row in turns for turn in row],
+        group.repeat_interleave(length).tolist(),
+        anchor_similarity,
+    )
     return TurnGrid(
         reward=grid(([t.reward for t in row] for row in turns), torch.float32),
         switch=grid(([t.switch for t in row] for row in turns), torch.bool),
@@ -135,7 +156,9 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
         ),
         same_subgoal=grid(map(same, trajectories), torch.bool),
         terminated=torch.tensor([t.end.terminated for t in trajectories]),
-        length=torch.tensor([len(row) for row in turns]),
+        length=length,
+        group=group,
+        state=grid(torch.tensor(state).split(length.tolist()), torch.long),
     )
 
 
@@ -143,12 +166,13 @@ def to_grid(trajectories: list[Trajectory]) -> TurnGrid:
 
 
 def trajectory_frame(trajectories: Iterable[Trajectory]) -> pd.DataFrame:
-    """One row per trajectory: task, outcome, length, number of segments."""
+    """One row per trajectory: task, outcome, length, number of segments, switches per choice."""
     return pd.DataFrame(
         {
-            "trajectory": t.id, "task": t.task, "game": t.game, "seed": t.seed,
-            "success": t.success, "return": t.return_, "end": str(t.end), "turns": len(t.turns),
-            "segments": sum(boundaries(t)),
+            "trajectory": t.id, "task": t.task, "task_type": t.task_type, "game": t.game,
+            "seed": t.seed, "success": t.success, "return": t.return_, "end": str(t.end),
+            "turns": len(t.turns), "segments": sum(boundaries(t)),
+            "switch_rate": sum(turn.switch for turn in t.turns[1:]) / max(1, len(t.turns) - 1),
             "malformed": sum(bool(turn.problems) for turn in t.turns),
         }
         for t in trajectories
@@ -168,8 +192,8 @@ def turn_frame(trajectories: Iterable[Trajectory]) -> pd.DataFrame:
             plain = {k: v for k, v in vars(turn).items() if not isinstance(v, list)}
             rows.append(row | plain | {
                 "problems": "; ".join(turn.problems), "success": trajectory.success,
-                "logprob": sum(turn.logprobs), "tokens": len(turn.response_ids),
-                "sampled_tokens": sum(turn.chosen),
+                "end": str(trajectory.end), "logprob": sum(turn.logprobs),
+                "tokens": len(turn.response_ids), "sampled_tokens": sum(turn.chosen),
             })  # fmt: skip
     frame = pd.DataFrame(rows)
     numbers = [c for c in frame if c.startswith(("value_", "advantage_"))]
@@ -198,14 +222,17 @@ def token_frame(trajectory: Trajectory) -> pd.DataFrame:
             Role.SUBGOAL: turn.advantage_high,
             Role.ACTION: turn.advantage_low,
         }
+        pieces = turn.pieces or [None] * len(turn.response_ids)
         for k, token in enumerate(turn.response_ids):
             role = Role(turn.roles[k])
             advantage = level.get(role) if turn.chosen[k] else None
             rows.append({
-                "turn": i, "position": k, "token": token, "role": role.name.lower(),
-                "chosen": turn.chosen[k], "logprob": turn.logprobs[k], "advantage": advantage,
+                "turn": i, "position": k, "token": token, "piece": pieces[k],
+                "role": role.name.lower(), "chosen": turn.chosen[k], "logprob": turn.logprobs[k],
+                "advantage": advantage,
             })  # fmt: skip
-    return pd.DataFrame(rows).astype({"advantage": float})
+    columns = ["turn", "position", "token", "piece", "role", "chosen", "logprob", "advantage"]
+    return pd.DataFrame(rows, columns=columns).astype({"advantage": float})
 
 
 # ------------------------------------------------------------------------------------------- disk
@@ -243,32 +270,76 @@ def save(trajectories: Iterable[Trajectory], path: Path | str) -> None:
     write_atomic(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
 
 
-def read(path: Path | str) -> Iterator[Trajectory]:
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, zlib.error, gzip.BadGzipFile)
+
+
+class Records:
+    """The trajectories of a record file, streamed: memory for one of them at a time.
+
+    A file may be read while it is written: a last line without its end is skipped, and so is the
+    rest of a ``.gz`` that stops early. After iterating, ``skipped`` says how many there were.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path, self.skipped = Path(path), 0
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no record file {str(path)!r}")
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        self.skipped, number = 0, 0
+        with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+            try:
+                for line in file:
+                    number += 1
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        if line.endswith(b"\n"):
+                            raise
+                        self.skipped += 1
+                        return
+                    yield _trajectory(record)
+            except EOFError:  # the compressed stream has no end yet
+                self.skipped += 1
+            except _DAMAGE as error:
+                where = f"{self.path}, line {number}"
+                raise ValueError(f"{where}: not a trajectory record: {error}") from error
+
+
+def _trajectory(record: dict[str, Any]) -> Trajectory:
+    if (schema := record.pop("schema")) > SCHEMA:
+        raise ValueError(
+            f"schema {schema} is newer than {SCHEMA}, the newest this version of hiper_lab reads; "
+            "update hiper_lab"
+        )
+    turns = [Turn(**turn) for turn in record.pop("turns")]
+    return Trajectory(turns=turns, end=EndReason(record.pop("end")), **record)
+
+
+def read(path: Path | str) -> Records:
     """Stream trajectories from a record file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a line is not a record, or was written by a newer schema.
+        ValueError: While iterating, if a complete line is not a record, or was written by a newer
+            schema.
     """
-    path = Path(path)
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                schema = record.pop("schema")
-                if schema > SCHEMA:
-                    raise ValueError(
-                        f"schema {schema} is newer than {SCHEMA}, the newest this version of "
-                        "hiper_lab reads; update hiper_lab"
-                    )
-                turns = [Turn(**turn) for turn in record.pop("turns")]
-                end = EndReason(record.pop("end"))
-                yield Trajectory(turns=turns, end=end, **record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not a trajectory record: {error}"
-                ) from error
+    return Records(path)
+
+
+def to_values(trajectories: list[Trajectory]) -> Values:
+    """The recorded values as ``[traj, turn]`` tensors: the inverse of `attach`; NaN for None."""
+    grids = [
+        torch.nn.utils.rnn.pad_sequence(
+            [
+                torch.tensor([_or_nan(getattr(turn, f"value_{level}")) for turn in t.turns])
+                for t in trajectories
+            ],
+            batch_first=True,
+        )
+        for level in Values._fields[:3]
+    ]
+    return Values(*grids, final=torch.tensor([_or_nan(t.final_value) for t in trajectories]))
 
 
 def attach(trajectories: list[Trajectory], values, credit) -> None:
@@ -288,3 +359,7 @@ def attach(trajectories: list[Trajectory], values, credit) -> None:
 
 def _number(x: torch.Tensor) -> float | None:
     return round(float(x), 6) if math.isfinite(x) else None
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x

@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)
 # Check shapes and dtypes where a wrong one would still give a number; an int may stand for a float.
 install_import_hook(
-    [f"hiper_lab.{module}" for module in ("scan", "credit", "policy", "objective")],
+    [f"hiper_lab.{module}" for module in ("scan", "grid", "flat", "credit", "policy", "objective")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 SKIP_COMPARE = ("text/html", "application/vnd.plotly.v1+json")

@@ -18,13 +18,13 @@ from hiper_lab.credit import (
     Values,
     credit_table,
     estimate,
-    gae,
     hae,
     segment_index,
     shape_rewards,
     table_to_grid,
     whiten,
 )
+from hiper_lab.flat import gae
 
 PLAIN = replace(CreditConfig.paper(), switch_advantage="return", truncation="zero")
 GOLDEN = json.loads((Path(__file__).parent / "data" / "hae_golden.json").read_text())["cases"]
@@ -322,9 +322,11 @@ def test_padding_and_batch_order_do_not_matter(seed, config):
     order = torch.randperm(len(grid.length), generator=torch.Generator().manual_seed(seed))
 
     def moved(x, fill):
+        if x is None:
+            return None
         return torch.nn.functional.pad(x, (0, 3), value=fill)[order] if x.ndim == 2 else x[order]
 
-    wide = TurnGrid(*(moved(x, torch.nan if x.is_floating_point() else True) for x in grid))
+    wide = TurnGrid(*(moved(x, torch.nan if x is grid.reward else True) for x in grid))
     wide_values = Values(*(moved(v, torch.nan) for v in values))
     credit, widened = estimate(grid, values, config), estimate(wide, wide_values, config)
     expected = type(credit)(*(moved(x, 0.0) for x in credit))
@@ -420,11 +422,11 @@ def test_consistency(both, expected):
         "v_low": 0.0, "v_high": 0.0, "v_switch": 0.0,
     })  # fmt: skip
     config = replace(PLAIN, consistency_penalty=-1.0, consistency_requires_both=both)
-    grid, _, _ = table_to_grid(turns)
+    grid, _, _ = table_to_grid(turns, PLAIN)
     assert shape_rewards(grid, config).tolist() == [expected]
     twice = pd.concat([turns, turns.assign(traj=1, subgoal="mug")])  # mug, mug: two firsts
     same = [[False, True, False, False, False], [False, True, True, True, True]]
-    assert table_to_grid(twice)[0].same_subgoal.tolist() == same
+    assert table_to_grid(twice, PLAIN)[0].same_subgoal.tolist() == same
 
 
 @pytest.mark.parametrize("number", [0.0, 0.1, -12.3, 1e6 / 3])
@@ -503,7 +505,7 @@ def test_table_leaves_its_input_alone_and_takes_extra_columns():
 
 def test_table_and_grid_agree():
     turns = log(1).sample(frac=1, random_state=1)
-    grid, values, cell = table_to_grid(turns)
+    grid, values, cell = table_to_grid(turns, PLAIN)
     credit = estimate(grid, values, CreditConfig.lab())
     table = credit_table(turns, CreditConfig.lab())
     np.testing.assert_array_equal(credit.low[cell].numpy(), table["adv_low"])
@@ -524,7 +526,7 @@ def test_subgoals_as_text_ids_or_arrays():
 def test_no_subgoal(nothing):
     turns = four_turns([0, 0, 0, 10], True)
     turns["subgoal"] = pd.Series(["cup", "cup", nothing, nothing], dtype=object)
-    grid, _, _ = table_to_grid(turns)
+    grid, _, _ = table_to_grid(turns, PLAIN)
     assert grid.has_subgoal.tolist() == [[True, True, False, False]]
 
 
@@ -584,6 +586,7 @@ def test_fields():
         "gamma", "lam_low", "lam_high", "lam_boundary", "estimator", "switch_advantage",
         "truncation", "keep_penalty", "keep_penalty_mode", "invalid_penalty",
         "consistency_penalty", "consistency_requires_both", "whiten",
+        "gae_value", "group_std", "step_weight", "anchor_similarity",
     ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 LAYERS = """
-    scan credit protocol trajectory envs envs.household envs.games policy sampling rollout objective
-    train warmstart stats figures widgets runs
+    scan grid flat credit protocol trajectory records envs envs.household envs.games policy sampling
+    rollout objective train warmstart stats figures pages widgets runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"
 BANNED = {"figures": {"torch"}, "stats": {"transformers"}, "widgets": {"transformers"}}

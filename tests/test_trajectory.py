@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="line 2: not a trajectory record"):
         list(trajectory.read(path))
     path.write_text(json.dumps(json.loads(lines[0]) | {"schema": 99}))
-    with pytest.raises(ValueError, match="schema 99 is newer than 1.*update hiper_lab"):
+    with pytest.raises(ValueError, match="schema 99 is newer than 2.*update hiper_lab"):
         list(trajectory.read(path))
 
 
@@ -95,3 +96,68 @@ def test_infinite_numbers_are_refused(tmp_path):
     bad[0].turns[0].reward = float(torch.tensor(1.0) / 0)
     with pytest.raises(ValueError, match="JSON"):
         trajectory.save(bad, tmp_path / "x.jsonl")
+
+
+def test_records_of_the_first_schema_are_read(tmp_path):
+    """They know nothing of token texts and task types; both are empty."""
+    path = tmp_path / "x.jsonl"
+    trajectory.save(episodes(), path)
+    old = [json.loads(line) | {"schema": 1} for line in path.read_text().splitlines()]
+    for record in old:
+        del record["task_type"]
+        for turn in record["turns"]:
+            del turn["pieces"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    assert list(trajectory.read(path)) == episodes()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
+def test_the_last_line_of_a_file_being_written_is_skipped_and_counted(tmp_path, keep):
+    trajectory.save(episodes(), tmp_path / "x.jsonl")
+    first, last = (tmp_path / "x.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_bytes(first + last[: int(keep * len(last)) - 1])
+    records = trajectory.read(tmp_path / "x.jsonl")
+    assert list(records) == episodes()[:1] and records.skipped == 1
+    (tmp_path / "x.jsonl").write_bytes(first + last.rstrip())  # complete but for the line's end
+    assert list(records) == episodes() and records.skipped == 0
+
+
+def test_a_compressed_file_being_written_gives_its_complete_lines(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    trajectory.save(episodes() * 200, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    records = trajectory.read(path)
+    read = list(records)
+    assert records.skipped == 1 and 100 < len(read) < 300
+    assert read == (episodes() * 200)[: len(read)]
+    path.write_bytes(whole[: len(whole) // 2] + b"x" * 100)  # that is damage, not a missing end
+    with pytest.raises(ValueError, match="not a trajectory record"):
+        list(trajectory.read(path))
+    with pytest.raises(FileNotFoundError, match="no record file"):
+        trajectory.read(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_reading_takes_no_more_memory_for_a_longer_file(tmp_path, name):
+    peaks = []
+    for copies in (2, 40):
+        trajectory.save(episodes() * 20 * copies, tmp_path / name)
+        tracemalloc.start()
+        assert sum(1 for _ in trajectory.read(tmp_path / name)) == 40 * copies
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_values_come_back_from_the_record():
+    rows = episodes()
+    for row in rows:
+        for i, t in enumerate(row.turns):
+            t.value_high, t.value_low, t.value_switch = i + 0.25, i + 0.5, i + 0.75
+    values = trajectory.to_values(rows)
+    assert values.high.tolist() == [[0.25, 1.25, 2.25, 3.25], [0.25, 1.25, 0, 0]]
+    assert values.switch[0].tolist() == [0.75, 1.75, 2.75, 3.75]
+    assert values.final.isnan().tolist() == [True, False] and values.final[1] == 0.25
+    rows[1].turns[1].value_low = None
+    assert trajectory.to_values(rows).low[1].isnan().tolist() == [False, True, False, False]
