@@ -1,25 +1,36 @@
-"""Runs: one papermill execution of ``notebooks/20_train.ipynb`` is one folder.
+"""Runs: one papermill execution of ``notebooks/20_train.ipynb`` is one folder; sweeps; results.
 
 ``python -m hiper_lab.runs launch experiments/tiny_household.yaml`` checks every parameter before a
 kernel starts, writes a manifest, follows the run with a progress bar, and resumes it if it was
 interrupted. The folder holds config.json, manifest.json, metrics.jsonl, rollouts/, checkpoints/ and
 the executed notebook.
 
-Left out on purpose: sweeps and clusters.
+``python -m hiper_lab.runs sweep experiments/hae_vs_gae.yaml --out runs/hae_vs_gae`` launches many,
+several at a time, on this machine or a Ray cluster. The folders are the only state: the same
+command goes on where it was stopped.
+
+Left out on purpose: schedulers, search over parameters, copying files between machines.
 """
 
 import argparse
+import importlib
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import uuid
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +45,9 @@ from tqdm.auto import tqdm
 from traitlets import default
 
 import hiper_lab
-from hiper_lab.train import TrainConfig, parameter_names
+from hiper_lab.records import read_metrics
+from hiper_lab.results import ERROR, results
+from hiper_lab.train import RunFolder, TrainConfig, check_type, parameter_names
 from hiper_lab.trajectory import write_atomic
 
 NOTEBOOK = Path("notebooks") / "20_train.ipynb"
@@ -96,13 +109,6 @@ def manifest(config: TrainConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_metrics(folder: Path | str) -> pd.DataFrame:
-    """``metrics.jsonl``, one row per iteration; an unfinished last line is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
-
-
 def summary(folder: Path | str) -> str:
     """One line: held-out success before and after.
 
@@ -118,12 +124,35 @@ def summary(folder: Path | str) -> str:
     return f"held-out success {before:.1%} -> {after:.1%} ({games} games, {minutes:.1f} min)"
 
 
-def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str = NOTEBOOK) -> Path:
+def check(parameters: dict[str, Any], notebook: Path | str = NOTEBOOK) -> TrainConfig:
+    """The configuration that these parameters of this notebook mean.
+
+    Raises:
+        ValueError: On a parameter that is unknown, ill-typed, or not declared by the notebook.
+        FileNotFoundError: If there is no such notebook.
+    """
+    config = TrainConfig.from_parameters(parameters)
+    if not Path(notebook).is_file():
+        raise FileNotFoundError(f"no notebook {str(notebook)!r}; run from the repository's root")
+    declared = papermill.inspect_notebook(str(notebook))
+    missing = sorted(set(parameters) - set(declared))
+    if missing:
+        raise ValueError(f"{notebook} declares no parameter {missing}; expected {sorted(declared)}")
+    return config
+
+
+def launch(
+    parameters: dict[str, Any],
+    folder: Path | str,
+    notebook: Path | str = NOTEBOOK,
+    bar: bool = True,
+) -> Path:
     """Execute the training notebook by papermill into a run folder; resumes a run already there.
 
     Args:
         parameters: Flat training parameters; anything unknown or ill-typed is refused here.
         folder: The run's folder.
+        bar: Show progress on stderr.
 
     Returns:
         Path of the executed notebook.
@@ -132,20 +161,14 @@ def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str 
         ValueError: On a bad parameter, before anything is written or started.
         papermill.PapermillExecutionError: If a cell fails; the executed notebook shows where.
     """
-    config = TrainConfig.from_parameters(parameters)
+    config = check(parameters, notebook)
     folder, notebook = Path(folder), Path(notebook)
-    if not notebook.is_file():
-        raise FileNotFoundError(f"no notebook {str(notebook)!r}; run from the repository's root")
-    declared = papermill.inspect_notebook(str(notebook))
-    missing = sorted(set(parameters) - set(declared))
-    if missing:
-        raise ValueError(f"{notebook} declares no parameter {missing}; expected {sorted(declared)}")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "manifest.json").exists():
         text = json.dumps(manifest(config), indent=1) + "\n"
         write_atomic(folder / "manifest.json", text.encode())
     executed = folder / notebook.name
-    with _progress(folder, config.iterations):
+    with _progress(folder, config.iterations, bar):
         papermill.execute_notebook(
             str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
             kernel_name="python3", progress_bar=False, store_widget_state=False,
@@ -168,15 +191,15 @@ class _LocalKernel(AsyncKernelManager):
 
 
 @contextmanager
-def _progress(folder: Path, iterations: int):
+def _progress(folder: Path, iterations: int, bar: bool):
     """A progress bar that follows metrics.jsonl while another process writes it."""
     over = threading.Event()
 
     def follow() -> None:
-        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as bar:
+        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as drawn:
             while not over.wait(0.5):
-                show(bar)
-            show(bar)
+                show(drawn)
+            show(drawn)
 
     def show(bar: tqdm) -> None:
         try:
@@ -194,13 +217,292 @@ def _progress(folder: Path, iterations: int):
             latest = metrics["rollout/success"].tail(5).mean()
             bar.set_postfix_str(f"training success {latest:.0%}", refresh=False)
 
-    thread = threading.Thread(target=follow, daemon=True)
+    thread = threading.Thread(target=follow if bar else over.wait, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+# ----------------------------------------------------------------------------------------- sweeps
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Many runs of one notebook, as `read_sweep` found them to be sound."""
+
+    notebook: Path
+    runs: dict[str, dict[str, Any]]
+    """Parameters by the name of the run's folder, ``<arm>-seed<k>``."""
+    processes: int = 1
+    """Runs at a time."""
+    minutes: float = 0.0
+    """Wall-clock time of the whole sweep, after which it is stopped; 0: no limit."""
+    gpus: float = 0.0
+    """GPUs per run, for Ray's placement; without Ray every run sees all."""
+
+
+def read_sweep(path: Path | str, overrides: dict[str, Any] | None = None) -> Sweep:
+    """Read a sweep and check every run of it, so that nothing starts that can not end.
+
+    ``base``: an experiment file, parameters, or a list of both (later ones win). ``grid``: axes,
+    all combinations of which are arms; an axis is a list of values of the parameter it is named
+    after, or a mapping from names to parameters. ``seeds``: a list. ``notebook``: by default the
+    training notebook. ``budget``: ``processes``, ``minutes``, ``gpus``.
+
+    Args:
+        overrides: Parameters put on top of the base.
+
+    Raises:
+        FileNotFoundError: If the file, its base or its notebook is not there.
+        ValueError: On an unknown key or parameter, a value of a wrong type, two axes that set the
+            same parameter, or two arms that are the same.
+    """
+    given, needed = read_experiment(path), {"base", "grid", "seeds"}
+    lacks, odd = sorted(needed - set(given)), sorted(set(given) - needed - {"notebook", "budget"})
+    if lacks or odd:
+        raise ValueError(
+            f"{path} has unknown {odd} and lacks {lacks}; a sweep has {sorted(needed)}, and may "
+            "have notebook and budget"
+        )
+    base: dict[str, Any] = {}
+    for part in given["base"] if isinstance(given["base"], list) else [given["base"]]:
+        if not isinstance(part, str | dict):
+            raise ValueError(f"{path}: base has {part!r}, expected a file's name or parameters")
+        base |= part if isinstance(part, dict) else read_experiment(part)
+    base, arms = base | (overrides or {}), {}
+    for options in itertools.product(*_axes(path, given["grid"])):
+        chosen = {name: value for _, option in options for name, value in option.items()}
+        if len(chosen) < sum(len(option) for _, option in options) or "seed" in chosen:
+            raise ValueError(f"{path}: an axis sets seed, or two axes set the same of {[*chosen]}")
+        arms["-".join(name for name, _ in options) or "base"] = base | chosen
+    seeds = check_type("seeds", given["seeds"], tuple[int, ...])
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: seeds is {list(seeds)}, expected each once, at least one")
+    notebook, seen = Path(str(given.get("notebook", NOTEBOOK))), {}
+    for arm, parameters in arms.items():
+        try:
+            config = check(parameters | {"seed": seeds[0]}, notebook)
+        except ValueError as error:
+            raise ValueError(f"{path}, arm {arm!r}: {error}") from error
+        if (twin := seen.setdefault(str(config), arm)) != arm:
+            raise ValueError(f"{path}: arms {twin!r} and {arm!r} are the same configuration")
+    runs = {f"{arm}-seed{k}": p | {"seed": k} for arm, p in arms.items() for k in seeds}
+    budget, kinds = given.get("budget") or {}, {"processes": int, "minutes": float, "gpus": float}
+    if not isinstance(budget, dict) or set(budget) - set(kinds):
+        raise ValueError(f"{path}: budget is {budget}, expected a mapping of {sorted(kinds)}")
+    budget = {name: check_type(name, value, kinds[name]) for name, value in budget.items()}
+    if budget.get("processes", 1) < 1 or min(budget.values(), default=0) < 0:
+        raise ValueError(f"{path}: budget is {budget}, expected processes ≥ 1 and nothing negative")
+    return Sweep(notebook, runs, **budget)
+
+
+def _axes(path: Path | str, grid: Any) -> list[list[tuple[str, dict[str, Any]]]]:
+    """Each axis as (name, parameters) of its options."""
+    if not isinstance(grid, dict):
+        raise ValueError(f"{path}: grid is {grid!r}, expected axes by name (or {{}}: a single arm)")
+    axes = []
+    for axis, options in grid.items():
+        if isinstance(options, list):
+            options = {re.sub(r"[^\w.=+-]", "_", f"{axis}={x}"): {axis: x} for x in options}
+        named = list(options.items()) if isinstance(options, dict) else []
+        plain = all(re.fullmatch(r"[\w.=+-]+", str(n)) and isinstance(o, dict) for n, o in named)
+        if not named or not plain:
+            raise ValueError(
+                f"{path}: {axis} is {options!r}, expected a list of values, or plain names each "
+                "with its parameters"
+            )
+        axes.append([(str(name), option) for name, option in named])
+    return axes
+
+
+def attempt(parameters: dict[str, Any], folder: Path, notebook: Path, place: Path) -> None:
+    """`launch` in a worker: a failure is left in the run's folder, as ``error.txt``.
+
+    Args:
+        place: The folder to work in; relative paths mean the same in every worker.
+    """
+    os.chdir(place)
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        launch(parameters, folder, notebook, bar=False)
+    except papermill.PapermillExecutionError as error:  # its text is the cell and its traceback
+        _failed(folder, re.sub(r"\x1b\[[\d;]*m", "", str(error)))
+    except Exception:
+        _failed(folder, traceback.format_exc())
+
+
+def _failed(folder: Path, why: str) -> None:
+    write_atomic(folder / ERROR, (why.strip() + "\n").encode())
+
+
+class _Processes:
+    """Runs in processes of this machine. They are forked from one that has imported everything."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["hiper_lab.train", "papermill"])
+        self.running: dict[str, multiprocessing.Process] = {}
+
+    def start(self, name: str, *arguments: Any) -> None:
+        self.running[name] = self.context.Process(target=_detached, args=arguments)
+        self.running[name].start()
+
+    def ended(self, seconds: float) -> dict[str, str]:
+        """Runs that ended meanwhile, with what happened to their process ("": nothing)."""
+        multiprocessing.connection.wait([p.sentinel for p in self.running.values()], seconds)
+        over = [name for name, process in self.running.items() if process.exitcode is not None]
+        codes = {name: self.running.pop(name).exitcode for name in over}
+        said = "its process ended with exit code {} (negative: killed by that signal)"
+        return {name: said.format(code) if code else "" for name, code in codes.items()}
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.kill()  # its kernel sees that and ends; what the folder holds is whole
+            process.join()
+
+
+def _detached(*arguments: Any) -> None:
+    os.setsid()  # Ctrl-C is for the sweep, which then ends its runs
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    attempt(*arguments)
+
+
+def _follow_parent() -> None:
+    """A sweep that was killed leaves no run behind, which its successor would start again."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+class _Ray:
+    """Runs as tasks of a Ray cluster ($RAY_ADDRESS, or one here) that shares our file system.
+
+    A task whose worker or machine is lost starts again elsewhere, and resumes its folder.
+    """
+
+    def __init__(self, gpus: float):
+        try:
+            self.ray = importlib.import_module("ray")
+        except ImportError as error:
+            raise ValueError('ray is not installed; pip install "hiper-lab[ray]"') from error
+        self.ray.init(ignore_reinit_error=True, log_to_driver=False)
+        self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(attempt)
+        self.running: dict[Any, str] = {}
+
+    def start(self, name: str, *arguments: Any) -> None:
+        self.running[self.task.options(name=name).remote(*arguments)] = name
+
+    def ended(self, seconds: float) -> dict[str, str]:
+        over = {}
+        for reference in self.ray.wait(list(self.running), timeout=seconds)[0]:
+            try:
+                over[self.running.pop(reference)] = self.ray.get(reference) or ""
+            except self.ray.exceptions.RayError as error:
+                over[self.running.pop(reference)] = f"Ray: {error}"
+        return over
+
+    def stop(self) -> None:
+        for reference in self.running:
+            self.ray.cancel(reference, force=True)
+
+
+def sweep(
+    plan: Sweep, folder: Path | str, processes: int | None = None, on_ray: bool = False
+) -> pd.DataFrame:
+    """Run what is not finished of a sweep, several runs at a time; a failed run stops no other.
+
+    Args:
+        folder: Of the runs' folders.
+        processes: Runs at a time; None is the sweep's own budget.
+        on_ray: As tasks of a Ray cluster instead of processes here.
+
+    Returns:
+        `results` of these runs.
+
+    Raises:
+        ValueError: Before anything starts: if a folder holds a run with another configuration.
+    """
+    folder, place = Path(folder), Path.cwd()
+    processes = plan.processes if processes is None else processes
+    if processes < 1:
+        raise ValueError(f"processes is {processes}, expected at least 1")
+    configs = {name: TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
+    for name in sorted(configs, key=lambda name: not (folder / name / "config.json").exists()):
+        RunFolder(folder / name, configs[name])
+    state = results(folder).set_index("run")["state"]
+    waiting = [
+        name for name in plan.runs
+        if state[name] != "finished" or _cut_short(folder / name / plan.notebook.name)
+    ]  # fmt: skip
+    # two runs that each take all cores are slower than one after the other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    workers = _Ray(plan.gpus) if on_ray else _Processes()
+    over, started, failed = set(plan.runs) - set(waiting), time.monotonic(), 0
+    total = sum(config.iterations for config in configs.values())
+
+    def at() -> int:
+        """Iterations done, of all runs; one that ended early counts in full."""
+        return sum(
+            c.iterations if name in over else min(c.iterations, _iteration(folder / name))
+            for name, c in configs.items()
+        )
+
+    with tqdm(total=total, initial=at(), unit="it", desc=folder.name) as bar:
+        try:
+            while waiting or workers.running:
+                if 0 < plan.minutes * 60 < time.monotonic() - started:
+                    break
+                while waiting and len(workers.running) < processes:
+                    name = waiting.pop(0)
+                    own = plan.runs[name], (folder / name).resolve(), plan.notebook.resolve()
+                    workers.start(name, *own, place)
+                for name, what in workers.ended(1.0).items():
+                    over.add(name)
+                    if what:
+                        _failed(folder / name, what)
+                    failed += (folder / name / ERROR).exists()
+                before, bar.n = (bar.n, bar.postfix), at()
+                said = f"{len(workers.running)} running, {len(over)} over, {failed} failed"
+                bar.set_postfix_str(said, refresh=before != (bar.n, said))
+        finally:
+            workers.stop()
+    found = results(folder)
+    return found[found["run"].isin(plan.runs)].reset_index(drop=True)
+
+
+def _cut_short(executed: Path) -> bool:
+    """True for an executed notebook that papermill did not come to the end of."""
+    if not executed.exists():  # a record kept without it
+        return False
+    try:
+        return not json.loads(executed.read_text())["metadata"]["papermill"]["end_time"]
+    except ValueError:  # killed while it was written
+        return True
+
+
+def _iteration(folder: Path) -> int:
+    """The iteration a run is at, from the lines of its metrics (the first one is iteration 0)."""
+    metrics = folder / "metrics.jsonl"
+    return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0
+
+
+def _table(runs: pd.DataFrame) -> str:
+    shown = runs.drop(columns=["arm", "seed"])
+    return shown.to_string(index=False, float_format="%.3f", na_rep="", max_colwidth=60)
+
+
+def _report(runs: pd.DataFrame, folder: Path) -> int:
+    """Print what came of a sweep; the exit status."""
+    print(_table(runs.drop(columns="error")))
+    finished = (runs["state"] == "finished").all()
+    for name in runs.loc[runs["state"] == "failed", "run"]:
+        said = (folder / name / ERROR).read_text().splitlines()
+        print(f"\n{folder / name / ERROR}:", *["…"] * (len(said) > 15), *said[-15:], sep="\n  ")
+    if not finished:
+        print("not all runs are finished; the same command tries again and resumes")
+    return 0 if finished else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,10 +514,18 @@ def main(arguments: list[str] | None = None) -> int:
     start = commands.add_parser("launch", help="run or resume an experiment by papermill")
     start.add_argument("experiment", help="a YAML file of parameters, see experiments/")
     start.add_argument("--out", help="run folder (default: runs/<experiment>-seed<seed>)")
-    start.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
-        help="override a parameter; may be repeated",
-    )  # fmt: skip
+    many = commands.add_parser("sweep", help="run or resume all runs of a sweep, several at a time")
+    many.add_argument("experiment", metavar="sweep", help="a YAML file with base, grid and seeds")
+    many.add_argument("--out", help="folder of the runs' folders (default: runs/<sweep>)")
+    many.add_argument("--processes", type=int, help="runs at a time (default: the sweep's budget)")
+    many.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster")
+    for command in (start, many):
+        command.add_argument(
+            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
+            help="override a parameter; may be repeated",
+        )  # fmt: skip
+    found = commands.add_parser("results", help="all runs below a folder, a line each")
+    found.add_argument("folder")
     show = commands.add_parser("summary", help="held-out success of finished runs, a line each")
     show.add_argument("folders", nargs="+", metavar="FOLDER")
     commands.add_parser("parameters", help="list all training parameters")
@@ -228,8 +538,17 @@ def main(arguments: list[str] | None = None) -> int:
             for folder in args.folders:
                 print(f"{folder}: {summary(folder)}")
             return 0
-        parameters = read_experiment(args.experiment)
-        parameters |= {name: yaml.safe_load(value) for name, value in args.overrides}
+        if args.command == "results":
+            print(_table(results(args.folder)))
+            return 0
+        overrides = {name: yaml.safe_load(value) for name, value in args.overrides}
+        if args.command == "sweep":
+            folder = Path(args.out or f"runs/{Path(args.experiment).stem}")
+            plan = read_sweep(args.experiment, overrides)
+            return _report(sweep(plan, folder, args.processes, args.ray), folder)
+        parameters = read_experiment(args.experiment) | overrides
+        if "grid" in parameters:
+            raise ValueError(f"{args.experiment} is a sweep: python -m hiper_lab.runs sweep …")
         seed = parameters.get("seed", 0)
         folder = Path(args.out or f"runs/{Path(args.experiment).stem}-seed{seed}")
         executed = launch(parameters, folder)
@@ -253,4 +572,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # under its own name, by which workers find what they are sent
+    sys.exit(importlib.import_module("hiper_lab.runs").main())

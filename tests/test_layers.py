@@ -7,10 +7,15 @@ import pytest
 
 LAYERS = """
     scan grid flat credit protocol trajectory records envs envs.household envs.games policy sampling
-    rollout objective train warmstart stats figures pages widgets runs
+    rollout objective train warmstart stats results figures pages widgets runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"
-BANNED = {"figures": {"torch"}, "stats": {"transformers"}, "widgets": {"transformers"}}
+BANNED = {
+    "figures": {"torch"},
+    "stats": {"transformers"},
+    "results": {"transformers"},
+    "widgets": {"transformers"},
+}
 
 
 def problems(name: str, source: str) -> list[str]:
