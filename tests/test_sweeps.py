@@ -19,7 +19,7 @@ from hiper_lab import runs
 PARAMETERS = """
 run_folder: str = ""
 seed: int = 0
-iterations: int = 3  # the last one
+iterations: int = 60
 eval_games: int = 4
 episodes: int = 1  # runs that have to be at work at the same time
 max_turns: int = 9  # what happens at iteration 2, unless a file "mended" says otherwise
@@ -37,7 +37,7 @@ for i in range(done, iterations + 1):
     if i == 2 and not (folder.parent / "mended").exists():
         if max_turns == 1: raise RuntimeError("no luck")
         if max_turns == 2: os.kill(os.getpid(), signal.SIGKILL)
-        if max_turns == 3: os.kill(os.getppid(), signal.SIGKILL)
+        if max_turns == 3: os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)
     row = {"iteration": i, "pid": os.getpid()}
     row |= {"rollout/success": i / 10, "time/total_s": 6.0 * i} if i else {}
     row |= {"eval/success": gamma * i / iterations} if i in (0, iterations) else {}
@@ -208,7 +208,9 @@ def test_failures_are_listed_and_stop_no_other_run(stand_in, tmp_path, capsys):
 
 
 def test_two_runs_at_a_time_and_no_more(stand_in, tmp_path):
-    plan = runs.read_sweep(stand_in(base={"episodes": 2, "lr": 0.2}, seeds=[0, 1, 2]))
+    plan = runs.read_sweep(
+        stand_in(base={"episodes": 2, "lr": 0.2, "iterations": 3}, seeds=[0, 1, 2])
+    )
     table = runs.sweep(plan, tmp_path / "out", processes=2)  # each waits until two are there
     assert (table["state"] == "finished").all()
     times = [
