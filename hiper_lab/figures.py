@@ -478,14 +478,14 @@ def _segments(figure: go.Figure, turns: pd.DataFrame, y: int) -> None:
     """A bar per segment at height y of the first panel, and a mark where the agent said SWITCH."""
     segments, switched = turns.groupby("segment"), turns[turns["switch"].astype(bool)]
     figure.add_bar(
-        x=segments.size(), base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.9,
+        x=segments.size(), base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.8,
         orientation="h", text=segments["subgoal"].first().map(_text),
         textposition="inside", insidetextanchor="start", textangle=0, textfont={"color": "white"},
         marker={"color": COLORS["high"], "line": {"width": 2, "color": "white"}}, showlegend=False,
         constraintext="none", hovertemplate="%{text}<br>%{x} turns<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
-        x=switched["turn"] - 0.5, y=[y + 0.65] * len(switched), mode="markers", cliponaxis=False,
+        x=switched["turn"] - 0.5, y=[y + 0.52] * len(switched), mode="markers", cliponaxis=False,
         marker={"color": COLORS["switch"], "symbol": "triangle-down", "size": 11},
         name="SWITCH", showlegend=y == 0, hovertemplate="SWITCH<extra></extra>",
     )  # fmt: skip

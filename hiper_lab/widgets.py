@@ -82,14 +82,17 @@ class _Inspector(ui.VBox):
         return pages.save(path, repr(self), [self.figure(), *self.page(), self.table()])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.digest()})"
+        try:
+            return f"{type(self).__name__}({self.digest()})"
+        except ValueError as error:  # what is shown instead of a picture
+            return f"{type(self).__name__}: {error}"
 
     def render(self) -> None:
         """Bring the picture and the text below it up to date; say what is wrong if that fails."""
         try:
             figure, text = self.figure(), self.details()
         except ValueError as error:
-            self.text.value = f"<b>{escape(str(error))}</b>"
+            self.plot.data, self.text.value = (), f"<b>{escape(str(error))}</b>"
             return
         with self.plot.batch_update():
             if [t.type for t in self.plot.data] == [t.type for t in figure.data]:

@@ -1,0 +1,194 @@
+"""The inspectors in JupyterLab in a real, headless Chromium: what is moved, clicked, and shown.
+
+Screenshots, light and dark, are left in ``$HIPER_ARTEFACTS`` (else in the temporary folder).
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from recorded import make_run
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip, extra dev)")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="needs Chromium and chromedriver (apt-get install chromium chromium-driver)",
+    ),
+]
+CELLS = [
+    "from hiper_lab.widgets import CreditExplorer, TrajectoryInspector",
+    "TrajectoryInspector('demo')",
+    "CreditExplorer('demo')",
+]
+
+
+def notebook() -> nbformat.NotebookNode:
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, root):
+    """A JupyterLab of its own, with a recorded run and a notebook; yields (folder, address)."""
+    folder = tmp_path_factory.mktemp("lab")
+    make_run(folder / "work" / "demo")
+    nbformat.write(notebook(), folder / "work" / "inspect.ipynb")
+    quiet = folder / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {
+        name: str(folder / name.lower())
+        for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR",
+                     "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    }  # fmt: skip
+    own["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+        "--port-retries=0", "--IdentityProvider.token=t", 
+        "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder / 'work'}",
+    ]  # fmt: skip
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    try:
+        while True:  # the server needs a moment
+            assert server.poll() is None, (folder / "lab.log").read_text()[-3000:]
+            with socket.socket() as attempt:
+                if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield folder / "work", f"http://127.0.0.1:{port}/lab/tree/inspect.ipynb?token=t"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--window-size=1280,3400", "--hide-scrollbars"):  # fmt: skip
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(executable_path=DRIVER))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+def artefacts() -> Path:
+    folder = Path(os.environ.get("HIPER_ARTEFACTS") or tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def until(browser, script: str, seconds: float = 240):
+    """What the script returns as soon as it is true; a failure shows the page's text."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := browser.execute_script(script):
+            return found
+        time.sleep(0.2)
+    browser.save_screenshot(str(artefacts() / "failure.png"))
+    text = browser.execute_script("return document.body.innerText")
+    raise AssertionError(f"never true in {seconds} s: {script}\n{text[-3000:]}")
+
+
+PLOTS = "const plots = document.querySelectorAll('.jp-OutputArea .js-plotly-plot');"
+SHOWN = "return document.querySelectorAll('.jp-OutputArea .hl')[{}].innerText"
+
+
+def test_sliders_and_clicks_in_jupyterlab(lab, browser):
+    folder, address = lab
+    keys, actions = webdriver.Keys, webdriver.ActionChains
+
+    browser.get(address)
+    until(
+        browser,
+        """
+        const session = window.jupyterapp?.shell.currentWidget?.context?.sessionContext.session;
+        return session?.kernel?.connectionStatus == 'connected' && session.kernel.status == 'idle'
+            && document.querySelectorAll('.jp-Cell').length > 2""",
+    )
+    run = "return jupyterapp.commands.execute(arguments[0], arguments[1] || {}).then(() => true)"
+    browser.execute_script(run, "application:toggle-left-area")
+    browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+    until(browser, PLOTS + "return plots.length == 2 && plots[1].querySelector('.bars .point')")
+
+    # a click on a bar of the fourth turn selects that turn
+    bar = until(browser, PLOTS + """
+        const traces = plots[0].calcdata.map(t => t[0].trace);
+        const k = traces.findIndex(t => t.name == 'action (low)' && t.type == 'bar');
+        const group = plots[0].calcdata[k][0].node3;
+        return group && group.node().querySelectorAll('.point path')[3]""")  # fmt: skip
+    actions(browser).move_to_element(bar).pause(0.3).click().perform()
+    until(browser, SHOWN.format(0) + ".includes('demo/3/0000:3')")
+    text = browser.execute_script(SHOWN.format(0))
+    assert "you see a mug 1 & <nothing> else." in text and "</action>" in text
+
+    # γ by keyboard: its number, the picture and the name of the left configuration follow
+    before = browser.execute_script(PLOTS + "return Array.from(plots[1].data[4].y)")
+    slider = until(
+        browser,
+        """
+        const sliders = [...document.querySelectorAll('.widget-hslider')];
+        return sliders.find(s => s.innerText.includes('γ')).querySelector('.noUi-handle')""",
+    )
+    browser.execute_script("arguments[0].focus()", slider)
+    actions(browser).send_keys(keys.ARROW_LEFT * 4).perform()
+    until(browser, PLOTS + "return plots[1].layout.yaxis2.title.text == 'as trained, changed: hae'")
+    after = browser.execute_script(PLOTS + "return Array.from(plots[1].data[4].y)")
+    assert len(before) == len(after) and before != after
+    shown = browser.execute_script(
+        "return arguments[0].closest('.widget-hslider').querySelector('.widget-readout').innerText",
+        slider,
+    )
+    assert float(shown) < 0.98
+
+    # a click in the explorer explains the bar
+    bar = until(
+        browser,
+        PLOTS
+        + """
+        const k = plots[1].data.findIndex(t => t.legendgroup == 'low');
+        return plots[1].calcdata[k][0].node3.node().querySelectorAll('.point path')[2]""",
+    )
+    actions(browser).move_to_element(bar).pause(0.3).click().perform()
+    until(browser, SHOWN.format(2) + ".includes('advantage of the action (low) at turn 2')")
+
+    # nothing came from elsewhere
+    names = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
+    here = address.split("/lab/")[0]
+    assert [n for n in names if not n.startswith((here, "data:", "blob:"))] == []
+
+    for theme in ("Light", "Dark"):
+        browser.execute_script(run, "apputils:change-theme", {"theme": f"JupyterLab {theme}"})
+        want = str(theme == "Light").lower()
+        until(browser, f"return document.body.dataset.jpThemeLight == '{want}'")
+        time.sleep(1)
+        browser.save_screenshot(str(artefacts() / f"jupyterlab_{theme.lower()}.png"))
+
+    # saved, the two inspectors add little: digests, no widget state
+    browser.execute_script(run, "docmanager:save")
+    file = folder / "inspect.ipynb"
+    until(browser, "return !document.querySelector('.jp-mod-dirty')")
+    saved = nbformat.read(file, as_version=4)
+    assert file.stat().st_size < 100_000 and "widgets" not in saved.metadata
+    said = saved.cells[1].outputs[0]["data"]["text/plain"]
+    assert said.startswith("TrajectoryInspector(demo/3/0000:0 of ")
