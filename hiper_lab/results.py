@@ -110,8 +110,8 @@ def compare(
         >>> rows = [("hae", 0, 0.6), ("hae", 1, 0.7), ("gae", 0, 0.5), ("gae", 1, 0.5)]
         >>> runs = pd.DataFrame(rows, columns=["arm", "seed", "success"])
         >>> table = compare(runs, "gae", np.random.default_rng(0)).set_index("arm")
-        >>> table.loc["hae", ["seeds", "iqm", "difference", "improvement"]].tolist()
-        [2, 0.65, 0.15, 1.0]
+        >>> table.loc["hae", ["seeds", "iqm", "difference", "improvement"]].round(3).tolist()
+        [2.0, 0.65, 0.15, 1.0]
     """
     arms = list(dict.fromkeys(runs["arm"]))
     if baseline not in arms:
