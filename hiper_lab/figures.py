@@ -307,6 +307,40 @@ def learning_curves(
     )
 
 
+def comparison(table: pd.DataFrame) -> go.Figure:
+    """Show which arm is better and how sure that is: estimates with their 95% intervals.
+
+    Three panels with a row per arm: the score (IQM), the paired difference to the baseline with a
+    line at 0, the probability of beating it with a line at ½. An interval that crosses the line
+    leaves the question open. Arms have the colours of `learning_curves`, in the same order.
+
+    Args:
+        table: As `hiper_lab.results.compare` gives it. NaN leaves out a point or its interval.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+    """
+    panels = {"iqm": "", "difference": "difference_", "improvement": "improvement_"}
+    require(table, ["arm", *(c for x, p in panels.items() for c in (x, f"{p}low", f"{p}high"))])
+    titles = ["score, IQM", "difference to the baseline", "probability of improvement"]
+    figure = make_subplots(1, 3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    names = [_text(arm, 40) for arm in table["arm"]]
+    for col, (column, prefix) in enumerate(panels.items(), 1):
+        low, x, high = (table[c].to_numpy(float) for c in (f"{prefix}low", column, f"{prefix}high"))
+        for i, name in enumerate(names):
+            around = {"array": high[[i]] - x[i], "arrayminus": x[i] - low[[i]], "symmetric": False}
+            figure.add_scatter(
+                x=x[[i]], y=[name], error_x=around, mode="markers", showlegend=False, row=1,
+                marker={"color": RUNS[i % len(RUNS)], "size": 10}, name=name, col=col,
+                hovertemplate="%{x:.3f}",
+            )  # fmt: skip
+    for col, line in ((2, 0), (3, 0.5)):
+        figure.add_vline(line, line={"color": INK, "dash": "dot", "width": 1}, row=1, col=col)
+    figure.update_xaxes(zeroline=False, range=[-0.03, 1.03], col=3)
+    figure.update_yaxes(autorange="reversed", automargin=True, zeroline=False)
+    return figure.update_layout(height=160 + 40 * len(names), template="hiper_lab")
+
+
 def share_map(shares: pd.DataFrame, title: str) -> go.Figure:
     """Show how shares move over training, one row per kind and one panel per run.
 

@@ -19,6 +19,7 @@ from hiper_lab import stats
 from hiper_lab.records import read_metrics
 
 ERROR = "error.txt"  # in the folder of a run that failed in a sweep: why
+SEED = re.compile(r"[-_]seed\d+$")  # what a run's name has beyond its arm's
 
 
 def results(folder: Path | str) -> pd.DataFrame:
@@ -47,8 +48,7 @@ def results(folder: Path | str) -> pd.DataFrame:
             flat |= stage
         parameters.append(flat)
         name = str(path.relative_to(folder)) if path != folder else path.resolve().name
-        arm = re.sub(r"[-_]seed\d+$", "", name)
-        rows.append({"run": name, "arm": arm} | _outcome(path, flat))
+        rows.append({"run": name, "arm": SEED.sub("", name)} | _outcome(path, flat))
     names = dict.fromkeys(name for each in parameters for name in each)
     values = {name: [each.get(name) for each in parameters] for name in names}
     differ = [n for n, v in values.items() if n != "seed" and any(x != v[0] for x in v)]
@@ -82,6 +82,50 @@ def _outcome(path: Path, parameters: dict[str, Any]) -> dict[str, Any]:
         "auc": stats.area_under_curve(*auc) if len(curve) > 1 else math.nan,
         "minutes": seconds / 60, "error": failed.splitlines()[-1] if failed else "",
     }  # fmt: skip
+
+
+def curves(folder: Path | str, runs: pd.DataFrame) -> pd.DataFrame:
+    """Metrics of these runs at every iteration, as `hiper_lab.figures.learning_curves` takes them.
+
+    Args:
+        folder: The one that `results` was asked for.
+        runs: Its answer, or some rows of it.
+
+    Returns:
+        The columns of ``metrics.jsonl``, with ``run`` (the arm: what is compared) and ``seed``.
+    """
+    names = zip(runs["run"], runs["arm"], runs["seed"], strict=True)
+    return pd.concat(
+        [
+            read_metrics(run_folder(folder, run)).assign(run=arm, seed=seed)
+            for run, arm, seed in names
+        ],
+        ignore_index=True,
+    )
+
+
+def run_folder(folder: Path | str, run: str) -> Path:
+    """Where a run of `results` is; the folder itself if it is the only run there."""
+    return Path(folder) / run if (Path(folder) / run).is_dir() else Path(folder)
+
+
+def published(path: Path | str, runs: list[str]) -> pd.DataFrame:
+    """Published learning curves, in the columns of `curves`.
+
+    Args:
+        path: A CSV with a row per ``run`` and ``step`` (our iteration), ``val_success_rate`` and
+            ``episode_success_rate``, as ``experiments/upstream_curves.csv``.
+        runs: Those wanted.
+
+    Raises:
+        ValueError: If one of them is not there.
+    """
+    table = pd.read_csv(path)
+    if odd := sorted(set(runs) - set(table["run"])):
+        raise ValueError(f"{path} has no run {odd}, expected some of {sorted(set(table['run']))}")
+    names = {"step": "iteration", "val_success_rate": "eval/success"}
+    table = table.rename(columns=names | {"episode_success_rate": "rollout/success"})
+    return table[table["run"].isin(runs)].assign(seed=0)
 
 
 def compare(

@@ -33,7 +33,7 @@ import traceback
 import types
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ from traitlets import default
 
 import hiper_lab
 from hiper_lab.records import read_metrics
-from hiper_lab.results import ERROR, results
+from hiper_lab.results import ERROR, results, run_folder
 from hiper_lab.train import RunFolder, TrainConfig, check_type, parameter_names
-from hiper_lab.trajectory import write_atomic
+from hiper_lab.trajectory import Trajectory, read, save, write_atomic
 
 NOTEBOOK = Path("notebooks") / "20_train.ipynb"
+REPORT = Path("notebooks") / "21_report.ipynb"
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
 _SHELL_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")
 
@@ -137,13 +138,26 @@ def check(parameters: dict[str, Any], notebook: Path | str = NOTEBOOK) -> TrainC
         FileNotFoundError: If there is no such notebook.
     """
     config = TrainConfig.from_parameters(parameters)
+    _declared(parameters, notebook)
+    return config
+
+
+def _declared(parameters: dict[str, Any], notebook: Path | str) -> dict[str, str]:
+    """The types that a notebook declares for its parameters, once it knows all of these."""
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"no notebook {str(notebook)!r}; run from the repository's root")
     declared = papermill.inspect_notebook(str(notebook))
     missing = sorted(set(parameters) - set(declared))
     if missing:
         raise ValueError(f"{notebook} declares no parameter {missing}; expected {sorted(declared)}")
-    return config
+    return {name: parameter["inferred_type_name"] for name, parameter in declared.items()}
+
+
+def _execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+    papermill.execute_notebook(
+        str(notebook), str(executed), parameters, kernel_name="python3", progress_bar=False,
+        store_widget_state=False, kernel_manager_class=_LocalKernel,
+    )  # fmt: skip
 
 
 def launch(
@@ -174,11 +188,7 @@ def launch(
         write_atomic(folder / "manifest.json", text.encode())
     executed = folder / notebook.name
     with _progress(folder, config.iterations, bar):
-        papermill.execute_notebook(
-            str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
-            kernel_name="python3", progress_bar=False, store_widget_state=False,
-            kernel_manager_class=_LocalKernel,
-        )  # fmt: skip
+        _execute(notebook, executed, {**parameters, "run_folder": str(folder)})
     return executed
 
 
@@ -254,6 +264,66 @@ def _progress(folder: Path, iterations: int, bar: bool):
     finally:
         over.set()
         thread.join()
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def report(folder: Path | str, parameters: dict[str, Any] | None = None) -> Path:
+    """Execute the report notebook over a folder of runs, into that folder.
+
+    Args:
+        folder: Where the runs are.
+        parameters: Of the notebook, ``papermill --help-notebook notebooks/21_report.ipynb``.
+
+    Returns:
+        Path of the executed notebook; the page it wrote lies beside it.
+
+    Raises:
+        ValueError: Before a kernel starts: on a parameter that is unknown or ill-typed, a baseline
+            that is no arm, or if there is no run.
+        papermill.PapermillExecutionError: If a cell fails.
+    """
+    given, folder = {"folder": str(folder)} | (parameters or {}), Path(folder)
+    kinds = {"str": str, "int": int, "list": list}
+    for name, kind in _declared(given, REPORT).items():
+        if name in given:
+            check_type(name, given[name], kinds[kind])
+    arms = set(results(folder)["arm"])
+    if given.get("baseline", "") not in {"", *arms}:
+        raise ValueError(f"baseline is {given['baseline']!r}, expected one of {sorted(arms)}")
+    _execute(REPORT, folder / REPORT.name, given)
+    return folder / REPORT.name
+
+
+def keep(folder: Path | str, into: Path | str) -> list[Path]:
+    """Copy what is worth committing of finished runs: some ten kilobytes of each.
+
+    That is configuration, manifest, metrics, and the last recorded rollouts without their token
+    ids, log-probabilities and lists of admissible actions.
+
+    Raises:
+        ValueError: If there is no finished run.
+    """
+    found = results(folder)
+    names = found.loc[found["state"] == "finished", "run"]
+    if not len(names):
+        raise ValueError(f"no run below {str(folder)!r} is finished; {found['state'].tolist()}")
+    for name in names:
+        source, target = run_folder(folder, name), Path(into) / name
+        for file in ("config.json", "manifest.json", "metrics.jsonl"):
+            write_atomic(target / file, (source / file).read_bytes())
+        for path in sorted((source / "rollouts").glob("[0-9]*.jsonl.gz"))[-1:]:
+            slim = [_without_tokens(episode) for episode in read(path)]
+            save(slim, target / "rollouts" / path.name)
+    return [Path(into) / name for name in names]
+
+
+def _without_tokens(episode: Trajectory) -> Trajectory:
+    lists = {name: [] for name, value in vars(episode.turns[0]).items() if isinstance(value, list)}
+    del lists["problems"]
+    turns = [replace(turn, **lists) for turn in episode.turns]
+    return replace(episode, turns=turns, final_prompt_ids=[])
 
 
 # ----------------------------------------------------------------------------------------- sweeps
@@ -549,13 +619,17 @@ def main(arguments: list[str] | None = None) -> int:
     many.add_argument("--out", help="folder of the runs' folders (default: runs/<sweep>)")
     many.add_argument("--processes", type=int, help="runs at a time (default: the sweep's budget)")
     many.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster")
-    for command in (start, many):
+    found = commands.add_parser("results", help="all runs below a folder, a line each")
+    page = commands.add_parser("report", help="compare all runs below a folder, in one HTML page")
+    kept = commands.add_parser("keep", help="copy what is worth committing of finished runs")
+    for command in (found, page, kept):
+        command.add_argument("folder")
+    kept.add_argument("into")
+    for command in (start, many, page):
         command.add_argument(
             "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
             help="override a parameter; may be repeated",
         )  # fmt: skip
-    found = commands.add_parser("results", help="all runs below a folder, a line each")
-    found.add_argument("folder")
     show = commands.add_parser("summary", help="held-out success of finished runs, a line each")
     show.add_argument("folders", nargs="+", metavar="FOLDER")
     again = commands.add_parser("refresh", help="execute notebooks afresh, to be committed")
@@ -582,7 +656,14 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "results":
             print(_table(results(args.folder)))
             return 0
+        if args.command == "keep":
+            print(*keep(args.folder, args.into), sep="\n")
+            return 0
         overrides = {name: yaml.safe_load(value) for name, value in args.overrides}
+        if args.command == "report":
+            folder = Path(args.folder)
+            print(f"executed notebook: {report(folder, overrides)}")
+            return 0
         if args.command == "sweep":
             folder = Path(args.out or f"runs/{Path(args.experiment).stem}")
             plan = read_sweep(args.experiment, overrides)

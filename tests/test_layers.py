@@ -7,8 +7,8 @@ import pytest
 
 LAYERS = """
     scan_triton scan grid flat credit protocol trajectory records envs envs.household envs.games
-    envs.probes policy sampling rollout objective train warmstart stats results figures pages widgets
-    runs
+    envs.probes policy sampling rollout objective train warmstart
+    stats results figures pages widgets runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"
 BANNED = {
