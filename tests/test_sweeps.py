@@ -97,11 +97,11 @@ def gone(pids, seconds: float = 60) -> bool:
 def test_the_committed_sweep_is_three_arms_by_three_seeds(root):
     plan = runs.read_sweep(root / "experiments" / "hae_vs_gae.yaml")
     assert list(plan.runs) == [
-        f"{a}-seed{k}" for a in ("hae", "hae-paper", "gae") for k in range(3)
+        f"{a}-seed{k}" for a in ("hae", "hae_paper", "gae") for k in range(3)
     ]
     configs = {name: runs.TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
     said = {c.credit.lam_boundary for n, c in configs.items() if n.startswith("hae-seed")}
-    assert said == {0.95} and configs["hae-paper-seed1"].credit.lam_boundary == 0
+    assert said == {0.95} and configs["hae_paper-seed1"].credit.lam_boundary == 0
     assert configs["gae-seed2"].credit.estimator == "gae" and configs["gae-seed2"].seed == 2
     assert {(c.iterations, c.eval_games, c.eval_every) for c in configs.values()} == {(30, 200, 10)}
     base = runs.read_experiment("experiments/tiny_household.yaml")
