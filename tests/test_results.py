@@ -81,11 +81,25 @@ def test_a_single_run_is_a_folder_of_runs_and_none_is_an_error(run, tmp_path):
         results.results(tmp_path / "empty")
 
 
-def test_the_committed_records_are_readable(root):
-    table = results.results(root / "experiments" / "results").set_index("run")
-    assert table.loc["tiny_household_60", ["state", "before", "success"]].tolist() == [
-        "finished", 0.305, 0.565
-    ]  # fmt: skip
+def test_the_committed_sweep_is_finished_and_differs_only_in_its_arms(root):
+    table = results.results(root / "experiments" / "results" / "hae_vs_gae")
+    assert set(table["arm"]) == {"hae", "hae_paper", "gae"} and (table["state"] == "finished").all()
+    assert set(table.columns[3:5]) == {"estimator", "lam_boundary"} and len(table) == 9
+    assert table.columns[5] == "state"
+    frame = results.curves(root / "experiments" / "results" / "hae_vs_gae", table)
+    assert frame.groupby(["run", "seed"]).size().tolist() == [31] * 9
+
+
+def test_published_curves_have_our_columns(tmp_path):
+    path = tmp_path / "curves.csv"
+    path.write_text(
+        "run,step,val_success_rate,episode_success_rate\nx,0,0.1,\nx,1,,0.2\ny,0,0.3,\n"
+    )
+    frame = results.published(path, ["x"])
+    assert frame[["run", "seed", "iteration"]].values.tolist() == [["x", 0, 0], ["x", 0, 1]]
+    assert frame["eval/success"][0] == 0.1 and frame["rollout/success"][1] == 0.2
+    with pytest.raises(ValueError, match="has no run .'z'., expected some of .'x', 'y'."):
+        results.published(path, ["z"])
 
 
 RUNS = pd.DataFrame(

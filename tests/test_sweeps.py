@@ -14,7 +14,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from hiper_lab import runs
+from hiper_lab import runs, sweeps
 
 PARAMETERS = """
 run_folder: str = ""
@@ -99,13 +99,23 @@ def test_the_committed_sweep_is_three_arms_by_three_seeds(root):
     assert list(plan.runs) == [
         f"{a}-seed{k}" for a in ("hae", "hae_paper", "gae") for k in range(3)
     ]
-    configs = {name: runs.TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
+    configs = {name: sweeps.TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
     said = {c.credit.lam_boundary for n, c in configs.items() if n.startswith("hae-seed")}
     assert said == {0.95} and configs["hae_paper-seed1"].credit.lam_boundary == 0
     assert configs["gae-seed2"].credit.estimator == "gae" and configs["gae-seed2"].seed == 2
     assert {(c.iterations, c.eval_games, c.eval_every) for c in configs.values()} == {(30, 200, 10)}
     base = runs.read_experiment("experiments/tiny_household.yaml")
     assert {c.lr for c in configs.values()} == {base["lr"]}
+
+
+def test_the_committed_records_are_of_the_committed_sweep(root):
+    """Otherwise nobody could repeat them; a sweep into their folder would find nothing to do."""
+    plan, folder = runs.read_sweep("experiments/hae_vs_gae.yaml"), root / "experiments" / "results"
+    for name, parameters in plan.runs.items():
+        config = sweeps.TrainConfig.from_parameters(parameters)
+        sweeps.RunFolder(folder / "hae_vs_gae" / name, config)  # refuses another configuration
+    table = runs.results(folder / "hae_vs_gae")
+    assert set(table["run"]) == set(plan.runs) and (table["state"] == "finished").all()
 
 
 def test_arms_are_all_combinations_of_the_axes(stand_in):
@@ -166,8 +176,8 @@ def test_a_sweep_is_not_launched_as_one_run(stand_in, capsys):
 
 def test_a_folder_of_other_runs_is_refused(stand_in, tmp_path):
     path = stand_in(seeds=[0, 1])
-    runs.RunFolder(
-        tmp_path / "out" / "base-seed1", runs.TrainConfig.from_parameters({"seed": 1, "lr": 0.5})
+    sweeps.RunFolder(
+        tmp_path / "out" / "base-seed1", sweeps.TrainConfig.from_parameters({"seed": 1, "lr": 0.5})
     )
     with pytest.raises(ValueError, match="base-seed1 holds a run with another lr"):
         runs.sweep(runs.read_sweep(path), tmp_path / "out")
@@ -232,13 +242,13 @@ def test_a_spent_budget_ends_the_runs_and_keeps_what_they_did(stand_in, tmp_path
 
 def test_a_run_cut_short_after_training_is_taken_up_again(tmp_path):
     executed = tmp_path / "x.ipynb"
-    assert not runs._cut_short(executed)
+    assert not sweeps._cut_short(executed)
     executed.write_text('{"metadata": {"papermill": {"end_time": null}}}')
-    assert runs._cut_short(executed)
+    assert sweeps._cut_short(executed)
     executed.write_text('{"metadata": {"papermill": {"end_time": "2026"}}}')
-    assert not runs._cut_short(executed)
+    assert not sweeps._cut_short(executed)
     executed.write_text('{"metadata": {"pap')
-    assert runs._cut_short(executed)
+    assert sweeps._cut_short(executed)
 
 
 @pytest.mark.slow
