@@ -21,6 +21,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
+from hiper_lab.stats import student
+
 COLORS = {"switch": "#D55E00", "high": "#0072B2", "low": "#009E73"}
 INK = "#777777"  # text, axes, and whatever belongs to no level
 NAMES = {"switch": "switch", "high": "subgoal (high)", "low": "action (low)"}
@@ -258,7 +260,8 @@ def learning_curves(
         metrics: One row per run, seed and iteration: ``run`` (what is compared), ``seed``,
             ``iteration`` and metrics. NaN leaves out a point.
         columns: The metrics to draw; one that no run has is left out.
-        smooth: Average each seed's curve over so many iterations, at least 1.
+        smooth: Average each seed's curve over so many iterations, at least 1. Evaluations, which
+            may be many iterations apart, are shown as they are.
 
     Raises:
         ValueError: If columns are missing or there is no row.
@@ -284,12 +287,13 @@ def learning_curves(
         for k, column in enumerate(columns):
             known = rows.dropna(subset=[column]).sort_values("iteration")
             smoothed = known.groupby("seed")[column].transform(
-                lambda curve: curve.rolling(smooth, min_periods=1).mean()
+                lambda curve, window: curve.rolling(window, min_periods=1).mean(),
+                window=1 if column.startswith("eval/") else smooth,
             )
             seeds = smoothed.groupby(known["iteration"]).agg(["mean", "sem", "size"])
             place = {"row": k // across + 1, "col": k % across + 1, "legendgroup": str(run)}
             banded = seeds[seeds["size"] > 1]
-            half = banded["sem"] * banded["size"].map(_student)
+            half = banded["sem"] * banded["size"].map(student)
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
@@ -567,24 +571,6 @@ def require(frame: pd.DataFrame, columns: list[str]) -> None:
         raise ValueError(f"missing columns {missing}; the frame has {list(frame.columns)}")
     if frame.empty:
         raise ValueError("the frame has no rows, expected at least one")
-
-
-def _student(n: int) -> float:
-    """The 97.5% quantile of Student's t with n - 1 degrees of freedom.
-
-    >>> [round(_student(n), 3) for n in (2, 11, 12, 31)]
-    [12.706, 2.228, 2.201, 2.042]
-    """
-    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    if n - 2 < len(exact):
-        return exact[n - 2]
-    z, v = 1.959964, n - 1  # Abramowitz & Stegun 26.7.5
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
 
 
 def _text(value: object, width: int = 300) -> str:

@@ -144,8 +144,8 @@ def compare(
         ``arm``; ``seeds``; ``iqm`` with its bootstrap interval ``low``, ``high``; ``pairs`` (seeds
         that the arm and the baseline share); ``difference`` (arm − baseline over them) with
         Student's interval ``difference_low``, ``difference_high``; ``improvement`` (probability
-        that a run of the arm beats one of the baseline) with its bootstrap interval. Intervals are
-        NaN with fewer than two seeds or pairs.
+        that a run of the arm beats one of the baseline) with its bootstrap interval. NaN where
+        there is nothing to say: of the baseline itself, and with fewer than two seeds or pairs.
 
     Raises:
         ValueError: If the baseline is not among the arms, or an arm has a seed twice.
@@ -167,11 +167,12 @@ def compare(
     for arm in arms:
         own, nothing = scores[arm].dropna(), stats.Interval(math.nan, math.nan, math.nan)
         pairs = scores[[arm, baseline]].dropna().T.to_numpy()
-        several = min(len(own), len(base)) > 1
+        several = min(len(own), len(base)) > 1 and arm != baseline
         middle = nothing._replace(estimate=stats.iqm(own)) if len(own) else nothing
         if len(own) > 1:
             middle = stats.bootstrap(stats.iqm, own, rng=rng)
-        difference = stats.paired_difference(*pairs) if pairs.shape[1] > 1 else nothing
+        paired = pairs.shape[1] > 1 and arm != baseline
+        difference = stats.paired_difference(*pairs) if paired else nothing
         above = stats.probability_of_improvement
         better = stats.bootstrap(above, own, base, rng=rng) if several else nothing
         rows.append({

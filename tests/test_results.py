@@ -120,7 +120,7 @@ def test_arms_are_compared_by_seed_with_the_baseline():
     assert found == pytest.approx(stats.paired_difference([0.5, 0.7, 0.6], [0.4, 0.5, 0.5]))
     assert a["improvement"] == pytest.approx((2 + 3 + 3) / 12)  # 0.5 beats 0.4 and ties with two
     assert a["improvement_low"] <= a["improvement"] <= a["improvement_high"]
-    assert table.loc["b", ["difference", "improvement"]].tolist() == [0, 0.5]
+    assert table.loc["b", "difference":].isna().all()  # of the baseline against itself
     alone = table.loc["c", ["low", "difference", "improvement"]]
     assert alone.isna().all() and table.loc["d"].drop(["seeds", "pairs"]).isna().all()
 
