@@ -67,9 +67,11 @@ def _outcome(path: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     error = path / ERROR
     state, at, seconds = "unfinished", metrics["iteration"].max(), metrics["time/total_s"].max()
     if len(metrics):
-        limit = parameters["max_minutes"] * 60
-        over = at >= parameters["iterations"] or 0 < limit <= seconds
-        evaluated = not parameters["eval_games"] or not math.isnan(metrics["eval/success"].iloc[-1])
+        limit = parameters.get("max_minutes", 0) * 60
+        over = at >= parameters.get("iterations", math.inf) or 0 < limit <= seconds
+        evaluated = not parameters.get("eval_games", 0) or not math.isnan(
+            metrics["eval/success"].iloc[-1]
+        )
         state = "finished" if over and evaluated else "unfinished"
     failed = error.read_text().strip() if error.exists() else ""
     last = metrics.iloc[-1] if state == "finished" else metrics.iloc[:0].max()
@@ -110,7 +112,7 @@ def run_folder(folder: Path | str, run: str) -> Path:
 
 
 def published(path: Path | str, runs: list[str]) -> pd.DataFrame:
-    """Published learning curves, in the columns of `curves`.
+    """Published learning curves, in the columns of `curves`; ``run`` says that they are.
 
     Args:
         path: A CSV with a row per ``run`` and ``step`` (our iteration), ``val_success_rate`` and
@@ -125,7 +127,8 @@ def published(path: Path | str, runs: list[str]) -> pd.DataFrame:
         raise ValueError(f"{path} has no run {odd}, expected some of {sorted(set(table['run']))}")
     names = {"step": "iteration", "val_success_rate": "eval/success"}
     table = table.rename(columns=names | {"episode_success_rate": "rollout/success"})
-    return table[table["run"].isin(runs)].assign(seed=0)
+    table = table[table["run"].isin(runs)]
+    return table.assign(run="published: " + table["run"], seed=0)
 
 
 def compare(

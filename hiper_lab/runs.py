@@ -72,15 +72,18 @@ def report(folder: Path | str, parameters: dict[str, Any] | None = None) -> Path
 
     Raises:
         ValueError: Before a kernel starts: on a parameter that is unknown or ill-typed, a baseline
-            that is no arm, or if there is no run.
+            that is no arm, or if there is nothing to report yet.
         papermill.PapermillExecutionError: If a cell fails.
     """
     given, folder = {"folder": str(folder)} | (parameters or {}), Path(folder)
-    kinds = {"str": str, "int": int, "list": list}
+    kinds = {"str": str, "int": int, "float": float, "list": list}
     for name, kind in declared(given, REPORT).items():
         if name in given:
             check_type(name, given[name], kinds[kind])
-    arms = set(results(folder)["arm"])
+    found = results(folder)
+    if not found["iteration"].any():
+        raise ValueError(f"no run below {str(folder)!r} has finished an iteration")
+    arms = set(found["arm"])
     if given.get("baseline", "") not in {"", *arms}:
         raise ValueError(f"baseline is {given['baseline']!r}, expected one of {sorted(arms)}")
     execute(REPORT, folder / REPORT.name, given)
@@ -103,7 +106,8 @@ def keep(folder: Path | str, into: Path | str) -> list[Path]:
     for name in names:
         source, target = run_folder(folder, name), Path(into) / name
         for file in ("config.json", "manifest.json", "metrics.jsonl"):
-            write_atomic(target / file, (source / file).read_bytes())
+            if (source / file).exists():  # a run that was not launched has no manifest
+                write_atomic(target / file, (source / file).read_bytes())
         for path in sorted((source / "rollouts").glob("[0-9]*.jsonl.gz"))[-1:]:
             slim = [_without_tokens(episode) for episode in read(path)]
             save(slim, target / "rollouts" / path.name)

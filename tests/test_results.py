@@ -96,7 +96,9 @@ def test_published_curves_have_our_columns(tmp_path):
         "run,step,val_success_rate,episode_success_rate\nx,0,0.1,\nx,1,,0.2\ny,0,0.3,\n"
     )
     frame = results.published(path, ["x"])
-    assert frame[["run", "seed", "iteration"]].values.tolist() == [["x", 0, 0], ["x", 0, 1]]
+    assert frame[["run", "seed", "iteration"]].values.tolist() == [
+        ["published: x", 0, 0], ["published: x", 0, 1]
+    ]  # fmt: skip
     assert frame["eval/success"][0] == 0.1 and frame["rollout/success"][1] == 0.2
     with pytest.raises(ValueError, match="has no run .'z'., expected some of .'x', 'y'."):
         results.published(path, ["z"])
