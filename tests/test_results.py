@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hiper_lab import results, stats
+from hiper_lab import figures, results, stats
 from hiper_lab.train import RunFolder, TrainConfig
 
 
@@ -136,6 +136,31 @@ def test_the_order_of_rows_does_not_matter_but_the_generator_does():
     many = pd.DataFrame({"arm": "b", "seed": range(40), "success": np.sin(range(40))})
     found = [results.compare(many, "b", np.random.default_rng(k))["low"].item() for k in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
+
+
+def test_the_figure_of_a_comparison_shows_its_numbers():
+    table = results.compare(RUNS, "b", np.random.default_rng(0))
+    figure = figures.comparison(table)
+    assert len(figure.data) == 12  # three panels by four arms
+    for k, (column, prefix) in enumerate(
+        {"iqm": "", "difference": "difference_", "improvement": "improvement_"}.items()
+    ):
+        for (_, row), point in zip(table.iterrows(), figure.data[4 * k : 4 * k + 4], strict=True):
+            ends = [point.x[0] - point.error_x.arrayminus[0], point.x[0] + point.error_x.array[0]]
+            expected = [row[column], row[f"{prefix}low"], row[f"{prefix}high"]]
+            assert [point.x[0], *ends] == pytest.approx(expected, nan_ok=True)
+            assert point.y[0] == row["arm"]
+    assert [shape.x0 for shape in figure.layout.shapes] == [0, 0.5]
+    with pytest.raises(ValueError, match="missing columns .'improvement'"):
+        figures.comparison(table.drop(columns="improvement"))
+
+
+def test_curves_of_training_are_smoothed_and_evaluations_are_not():
+    frame = pd.DataFrame({"run": "a", "seed": 0, "iteration": [0, 1, 2]})
+    frame["rollout/success"] = frame["eval/success"] = [0.0, 0.3, 0.9]
+    _, trained, _, tested = figures.learning_curves(frame, smooth=2).data
+    assert trained.y.tolist() == pytest.approx([0.0, 0.15, 0.6])
+    assert tested.y.tolist() == pytest.approx([0.0, 0.3, 0.9])
 
 
 def test_bad_comparisons_are_refused():
