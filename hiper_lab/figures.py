@@ -21,6 +21,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
+from hiper_lab.stats import student
+
 COLORS = {"switch": "#D55E00", "high": "#0072B2", "low": "#009E73"}
 INK = "#777777"  # text, axes, and whatever belongs to no level
 NAMES = {"switch": "switch", "high": "subgoal (high)", "low": "action (low)"}
@@ -258,7 +260,8 @@ def learning_curves(
         metrics: One row per run, seed and iteration: ``run`` (what is compared), ``seed``,
             ``iteration`` and metrics. NaN leaves out a point.
         columns: The metrics to draw; one that no run has is left out.
-        smooth: Average each seed's curve over so many iterations, at least 1.
+        smooth: Average each seed's curve over so many iterations, at least 1. Evaluations, which
+            may be many iterations apart, are shown as they are.
 
     Raises:
         ValueError: If columns are missing or there is no row.
@@ -284,12 +287,13 @@ def learning_curves(
         for k, column in enumerate(columns):
             known = rows.dropna(subset=[column]).sort_values("iteration")
             smoothed = known.groupby("seed")[column].transform(
-                lambda curve: curve.rolling(smooth, min_periods=1).mean()
+                lambda curve, window: curve.rolling(window, min_periods=1).mean(),
+                window=1 if column.startswith("eval/") else smooth,
             )
             seeds = smoothed.groupby(known["iteration"]).agg(["mean", "sem", "size"])
             place = {"row": k // across + 1, "col": k % across + 1, "legendgroup": str(run)}
             banded = seeds[seeds["size"] > 1]
-            half = banded["sem"] * banded["size"].map(_student)
+            half = banded["sem"] * banded["size"].map(student)
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
@@ -305,6 +309,40 @@ def learning_curves(
     return figure.update_layout(
         height=120 + 250 * math.ceil(len(columns) / across), template="hiper_lab"
     )
+
+
+def comparison(table: pd.DataFrame) -> go.Figure:
+    """Show which arm is better and how sure that is: estimates with their 95% intervals.
+
+    Three panels with a row per arm: the score (IQM), the paired difference to the baseline with a
+    line at 0, the probability of beating it with a line at ½. An interval that crosses the line
+    leaves the question open. Arms have the colours of `learning_curves`, in the same order.
+
+    Args:
+        table: As `hiper_lab.results.compare` gives it. NaN leaves out a point or its interval.
+
+    Raises:
+        ValueError: If columns are missing or there is no row.
+    """
+    panels = {"iqm": "", "difference": "difference_", "improvement": "improvement_"}
+    require(table, ["arm", *(c for x, p in panels.items() for c in (x, f"{p}low", f"{p}high"))])
+    titles = ["score, IQM", "difference to the baseline", "probability of improvement"]
+    figure = make_subplots(1, 3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    names = [_text(arm, 40) for arm in table["arm"]]
+    for col, (column, prefix) in enumerate(panels.items(), 1):
+        low, x, high = (table[c].to_numpy(float) for c in (f"{prefix}low", column, f"{prefix}high"))
+        for i, name in enumerate(names):
+            around = {"array": high[[i]] - x[i], "arrayminus": x[i] - low[[i]], "symmetric": False}
+            figure.add_scatter(
+                x=x[[i]], y=[name], error_x=around, mode="markers", showlegend=False, row=1,
+                marker={"color": RUNS[i % len(RUNS)], "size": 10}, name=name, col=col,
+                hovertemplate="%{x:.3f}",
+            )  # fmt: skip
+    for col, line in ((2, 0), (3, 0.5)):
+        figure.add_vline(line, line={"color": INK, "dash": "dot", "width": 1}, row=1, col=col)
+    figure.update_xaxes(zeroline=False, range=[-0.03, 1.03], col=3)
+    figure.update_yaxes(autorange="reversed", automargin=True, zeroline=False)
+    return figure.update_layout(height=160 + 40 * len(names), template="hiper_lab")
 
 
 def share_map(shares: pd.DataFrame, title: str) -> go.Figure:
@@ -533,24 +571,6 @@ def require(frame: pd.DataFrame, columns: list[str]) -> None:
         raise ValueError(f"missing columns {missing}; the frame has {list(frame.columns)}")
     if frame.empty:
         raise ValueError("the frame has no rows, expected at least one")
-
-
-def _student(n: int) -> float:
-    """The 97.5% quantile of Student's t with n - 1 degrees of freedom.
-
-    >>> [round(_student(n), 3) for n in (2, 11, 12, 31)]
-    [12.706, 2.228, 2.201, 2.042]
-    """
-    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    if n - 2 < len(exact):
-        return exact[n - 2]
-    z, v = 1.959964, n - 1  # Abramowitz & Stegun 26.7.5
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
 
 
 def _text(value: object, width: int = 300) -> str:

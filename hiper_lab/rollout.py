@@ -52,6 +52,7 @@ class _Episode:
 
     env: TextEnv
     task: str
+    task_type: str
     observation: str
     admissible: list[str]
     prompt: Prompt | None = None
@@ -87,7 +88,8 @@ def collect(
     episodes = []
     starts = reset_all(envs, seeds)
     for env, (observation, info) in zip(envs, starts, strict=True):
-        episodes.append(_Episode(env, info["task"], observation, info["admissible"]))
+        told = info["task"], info.get("task_type", ""), observation, info["admissible"]
+        episodes.append(_Episode(env, *told))
         _render(episodes[-1], codec, config)
         if episodes[-1].end:
             raise ValueError(
@@ -115,6 +117,7 @@ def collect(
         Trajectory(
             id=f"{k:04d}", task=e.task, game=name, seed=seed, turns=e.turns, end=e.end,
             final_observation=e.observation, final_prompt_ids=e.prompt.ids, detail=e.detail,
+            task_type=e.task_type,
         )
         for k, (e, name, seed) in enumerate(zip(episodes, names, seeds, strict=True))
     ]  # fmt: skip

@@ -1,111 +1,48 @@
-"""Runs: one papermill execution of ``notebooks/20_train.ipynb`` is one folder.
+"""Runs: the command line, and what one does with runs in one place.
 
-``python -m hiper_lab.runs launch experiments/tiny_household.yaml`` checks every parameter before a
-kernel starts, writes a manifest, follows the run with a progress bar, and resumes it if it was
-interrupted. The folder holds config.json, manifest.json, metrics.jsonl, rollouts/, checkpoints/ and
-the executed notebook.
+- ``python -m hiper_lab.runs launch experiments/tiny_household.yaml``: one run, by papermill.
+- ``… sweep experiments/hae_vs_gae.yaml --out runs/hae_vs_gae``: many, several at a time.
+- ``… results FOLDER`` and ``… report FOLDER``: what came of them, as a table and as a page.
+- ``… keep FOLDER INTO``: what of them is worth committing.
+- ``… refresh notebooks/02_*.ipynb``: executes the checked notebooks afresh, as they are committed.
 
-``python -m hiper_lab.runs refresh notebooks/02_*.ipynb`` executes the checked notebooks afresh and
-stores them as they are committed.
-
-Left out on purpose: sweeps and clusters.
+Left out on purpose: everything that is done there (see launcher, sweeps, results).
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
+import importlib
 import sys
-import threading
-import time
-import types
-import uuid
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 import papermill
-import torch
 import yaml
-from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.paths import jupyter_runtime_dir
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from tqdm.auto import tqdm
-from traitlets import default
 
-import hiper_lab
-from hiper_lab.train import TrainConfig, parameter_names
-from hiper_lab.trajectory import write_atomic
+from hiper_lab.launcher import (
+    NOTEBOOK,
+    declared,
+    execute,
+    launch,
+    manifest,
+    notebook_parameters,
+    read_experiment,
+    refresh,
+)
+from hiper_lab.records import read_metrics
+from hiper_lab.results import ERROR, compare, curves, published, results, run_folder
+from hiper_lab.sweeps import Sweep, read_sweep, sweep
+from hiper_lab.train import check_type, parameter_names
+from hiper_lab.trajectory import Trajectory, read, save, write_atomic
 
-NOTEBOOK = Path("notebooks") / "20_train.ipynb"
-_PACKAGES = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
-_SHELL_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")
-
-
-def read_experiment(path: Path | str) -> dict[str, Any]:
-    """Parameters of an experiment file.
-
-    Raises:
-        FileNotFoundError: If there is no such file, naming those that are there.
-        ValueError: If it is not a YAML mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("*.yaml"))
-        raise FileNotFoundError(f"no experiment {str(path)!r}; there are {there or 'none'}")
-    try:
-        parameters = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(parameters, dict):
-        raise ValueError(
-            f"{path} holds {type(parameters).__name__}, expected parameter: value lines"
-        )
-    return parameters
-
-
-def notebook_parameters(names: dict[str, Any]) -> dict[str, Any]:
-    """The training parameters among a notebook's variables: ``notebook_parameters(globals())``.
-
-    Called right after the parameters cell, when nothing else is defined; whatever papermill
-    injected that no one knows is therefore seen here and refused.
-
-    Raises:
-        ValueError: By ``TrainConfig.from_parameters``, when it is given the result.
-    """
-    return {
-        name: value for name, value in names.items()
-        if not name.startswith("_") and name not in (*_SHELL_NAMES, "run_folder")
-        and not isinstance(value, (type, types.ModuleType, types.FunctionType))
-    }  # fmt: skip
-
-
-def manifest(config: TrainConfig) -> dict[str, Any]:
-    """What a reader needs to repeat a run: code, packages, hardware, seed."""
-    root = Path(hiper_lab.__file__).parent.parent
-    described = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "hiper_lab": hiper_lab.__version__, "commit": described.stdout.strip() or None,
-        "python": platform.python_version(), "system": platform.system(),
-        "machine": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "seed": config.seed,
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
-
-
-def read_metrics(folder: Path | str) -> pd.DataFrame:
-    """``metrics.jsonl``, one row per iteration; an unfinished last line is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])
+__all__ = [
+    "NOTEBOOK", "Sweep", "compare", "curves", "keep", "launch", "manifest", "notebook_parameters",
+    "published", "read_experiment", "read_metrics", "read_sweep", "refresh", "report", "results",
+    "summary", "sweep",
+]  # fmt: skip
+REPORT = Path("notebooks") / "21_report.ipynb"
 
 
 def summary(folder: Path | str) -> str:
@@ -123,114 +60,82 @@ def summary(folder: Path | str) -> str:
     return f"held-out success {before:.1%} -> {after:.1%} ({games} games, {minutes:.1f} min)"
 
 
-def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str = NOTEBOOK) -> Path:
-    """Execute the training notebook by papermill into a run folder; resumes a run already there.
+def report(folder: Path | str, parameters: dict[str, Any] | None = None) -> Path:
+    """Execute the report notebook over a folder of runs, into that folder.
 
     Args:
-        parameters: Flat training parameters; anything unknown or ill-typed is refused here.
-        folder: The run's folder.
+        folder: Where the runs are.
+        parameters: Of the notebook, ``papermill --help-notebook notebooks/21_report.ipynb``.
 
     Returns:
-        Path of the executed notebook.
+        Path of the executed notebook; the page it wrote lies beside it.
 
     Raises:
-        ValueError: On a bad parameter, before anything is written or started.
-        papermill.PapermillExecutionError: If a cell fails; the executed notebook shows where.
+        ValueError: Before a kernel starts: on a parameter that is unknown or ill-typed, a baseline
+            that is no arm, or if there is nothing to report yet.
+        papermill.PapermillExecutionError: If a cell fails.
     """
-    config = TrainConfig.from_parameters(parameters)
-    folder, notebook = Path(folder), Path(notebook)
-    if not notebook.is_file():
-        raise FileNotFoundError(f"no notebook {str(notebook)!r}; run from the repository's root")
-    declared = papermill.inspect_notebook(str(notebook))
-    missing = sorted(set(parameters) - set(declared))
-    if missing:
-        raise ValueError(f"{notebook} declares no parameter {missing}; expected {sorted(declared)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "manifest.json").exists():
-        text = json.dumps(manifest(config), indent=1) + "\n"
-        write_atomic(folder / "manifest.json", text.encode())
-    executed = folder / notebook.name
-    with _progress(folder, config.iterations):
-        papermill.execute_notebook(
-            str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
-            kernel_name="python3", progress_bar=False, store_widget_state=False,
-            kernel_manager_class=_LocalKernel,
-        )  # fmt: skip
-    return executed
+    given, folder = {"folder": str(folder)} | (parameters or {}), Path(folder)
+    kinds = {"str": str, "int": int, "float": float, "list": list}
+    for name, kind in declared(given, REPORT).items():
+        if name in given:
+            check_type(name, given[name], kinds[kind])
+    found = results(folder)
+    if not found["iteration"].any():
+        raise ValueError(f"no run below {str(folder)!r} has finished an iteration")
+    arms = set(found["arm"])
+    if given.get("baseline", "") not in {"", *arms}:
+        raise ValueError(f"baseline is {given['baseline']!r}, expected one of {sorted(arms)}")
+    execute(REPORT, folder / REPORT.name, given)
+    return folder / REPORT.name
 
 
-def refresh(path: Path | str) -> None:
-    """Execute a notebook afresh, in its own folder, and store it as it is committed.
+def keep(folder: Path | str, into: Path | str) -> list[Path]:
+    """Copy what is worth committing of finished runs: some ten kilobytes of each.
 
-    One thread, as in the tests; no widget state, no time stamps. The file is replaced only if every
-    cell succeeded.
+    That is configuration, manifest, metrics, and the last recorded rollouts without their token
+    ids, log-probabilities and lists of admissible actions.
 
     Raises:
-        FileNotFoundError: If there is no such notebook.
-        nbclient.exceptions.CellExecutionError: If a cell fails.
+        ValueError: If there is no finished run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no notebook {str(path)!r}")
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, kernel_name="python3", timeout=None, coalesce_streams=True, record_timing=False,
-        store_widget_state=False, resources={"metadata": {"path": str(path.parent)}},
-        kernel_manager_class=_LocalKernel,
-    )  # fmt: skip
-    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    write_atomic(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
+    found = results(folder)
+    names = found.loc[found["state"] == "finished", "run"]
+    if not len(names):
+        raise ValueError(f"no run below {str(folder)!r} is finished; {found['state'].tolist()}")
+    for name in names:
+        source, target = run_folder(folder, name), Path(into) / name
+        for file in ("config.json", "manifest.json", "metrics.jsonl"):
+            if (source / file).exists():  # a run that was not launched has no manifest
+                write_atomic(target / file, (source / file).read_bytes())
+        for path in sorted((source / "rollouts").glob("[0-9]*.jsonl.gz"))[-1:]:
+            slim = [_without_tokens(episode) for episode in read(path)]
+            save(slim, target / "rollouts" / path.name)
+    return [Path(into) / name for name in names]
 
 
-class _LocalKernel(AsyncKernelManager):
-    """A kernel behind file sockets of its own, not TCP ports (which ipykernel warns about)."""
-
-    @default("transport")
-    def _file_socket(self) -> str:
-        return "ipc"
-
-    @default("ip")
-    def _path_of_the_sockets(self) -> str:
-        Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
-        return str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4().hex}")
+def _without_tokens(episode: Trajectory) -> Trajectory:
+    lists = {name: [] for name, value in vars(episode.turns[0]).items() if isinstance(value, list)}
+    del lists["problems"]
+    turns = [replace(turn, **lists) for turn in episode.turns]
+    return replace(episode, turns=turns, final_prompt_ids=[])
 
 
-@contextmanager
-def _progress(folder: Path, iterations: int):
-    """A progress bar that follows metrics.jsonl while another process writes it."""
-    over = threading.Event()
+def _table(runs: pd.DataFrame) -> str:
+    shown = runs.drop(columns=["arm", "seed"])
+    return shown.to_string(index=False, float_format="%.3f", na_rep="", max_colwidth=60)
 
-    def follow() -> None:
-        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as bar:
-            while not over.wait(0.5):
-                show(bar)
-            show(bar)
 
-    def show(bar: tqdm) -> None:
-        try:
-            metrics = read_metrics(folder)
-        except ValueError:  # a line is being written
-            return
-        if not len(metrics):
-            return
-        at = int(metrics["iteration"].iloc[-1])
-        if bar.n == 0 and at > 1:  # resumed: the rate counts from here
-            bar.initial = at
-        if at != bar.n:
-            bar.update(at - bar.n)
-        if "rollout/success" in metrics and at:
-            latest = metrics["rollout/success"].tail(5).mean()
-            bar.set_postfix_str(f"training success {latest:.0%}", refresh=False)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def _report(runs: pd.DataFrame, folder: Path) -> int:
+    """Print what came of a sweep; the exit status."""
+    print(_table(runs.drop(columns="error")))
+    finished = (runs["state"] == "finished").all()
+    for name in runs.loc[runs["state"] == "failed", "run"]:
+        said = (folder / name / ERROR).read_text().splitlines()
+        print(f"\n{folder / name / ERROR}:", *["…"] * (len(said) > 15), *said[-15:], sep="\n  ")
+    if not finished:
+        print("not all runs are finished; the same command tries again and resumes")
+    return 0 if finished else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,10 +147,22 @@ def main(arguments: list[str] | None = None) -> int:
     start = commands.add_parser("launch", help="run or resume an experiment by papermill")
     start.add_argument("experiment", help="a YAML file of parameters, see experiments/")
     start.add_argument("--out", help="run folder (default: runs/<experiment>-seed<seed>)")
-    start.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
-        help="override a parameter; may be repeated",
-    )  # fmt: skip
+    many = commands.add_parser("sweep", help="run or resume all runs of a sweep, several at a time")
+    many.add_argument("experiment", metavar="sweep", help="a YAML file with base, grid and seeds")
+    many.add_argument("--out", help="folder of the runs' folders (default: runs/<sweep>)")
+    many.add_argument("--processes", type=int, help="runs at a time (default: the sweep's budget)")
+    many.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster")
+    found = commands.add_parser("results", help="all runs below a folder, a line each")
+    page = commands.add_parser("report", help="compare all runs below a folder, in one HTML page")
+    kept = commands.add_parser("keep", help="copy what is worth committing of finished runs")
+    for command in (found, page, kept):
+        command.add_argument("folder")
+    kept.add_argument("into")
+    for command in (start, many, page):
+        command.add_argument(
+            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
+            help="override a parameter; may be repeated",
+        )  # fmt: skip
     show = commands.add_parser("summary", help="held-out success of finished runs, a line each")
     show.add_argument("folders", nargs="+", metavar="FOLDER")
     again = commands.add_parser("refresh", help="execute notebooks afresh, to be committed")
@@ -269,8 +186,24 @@ def main(arguments: list[str] | None = None) -> int:
             for folder in args.folders:
                 print(f"{folder}: {summary(folder)}")
             return 0
-        parameters = read_experiment(args.experiment)
-        parameters |= {name: yaml.safe_load(value) for name, value in args.overrides}
+        if args.command == "results":
+            print(_table(results(args.folder)))
+            return 0
+        if args.command == "keep":
+            print(*keep(args.folder, args.into), sep="\n")
+            return 0
+        overrides = {name: yaml.safe_load(value) for name, value in args.overrides}
+        if args.command == "report":
+            folder = Path(args.folder)
+            print(f"executed notebook: {report(folder, overrides)}")
+            return 0
+        if args.command == "sweep":
+            folder = Path(args.out or f"runs/{Path(args.experiment).stem}")
+            plan = read_sweep(args.experiment, overrides)
+            return _report(sweep(plan, folder, args.processes, args.ray), folder)
+        parameters = read_experiment(args.experiment) | overrides
+        if "grid" in parameters:
+            raise ValueError(f"{args.experiment} is a sweep: python -m hiper_lab.runs sweep …")
         seed = parameters.get("seed", 0)
         folder = Path(args.out or f"runs/{Path(args.experiment).stem}-seed{seed}")
         executed = launch(parameters, folder)
@@ -294,4 +227,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # under its own name, by which workers find what they are sent
+    sys.exit(importlib.import_module("hiper_lab.runs").main())

@@ -10,10 +10,15 @@ LAYERS = """
     envs envs.base envs.household envs.games envs.catalogue envs.shop envs.webshop envs.shopper
     envs.alfworld envs.express envs.pool envs.probes
     policy sampling rollout objective train warmstart
-    stats figures pages widgets runs
+    stats results figures pages widgets launcher sweeps runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"
-BANNED = {"figures": {"torch"}, "stats": {"transformers"}, "widgets": {"transformers"}}
+BANNED = {
+    "figures": {"torch"},
+    "stats": {"transformers"},
+    "results": {"transformers"},
+    "widgets": {"transformers"},
+}
 
 
 def problems(name: str, source: str) -> list[str]:

@@ -8,7 +8,7 @@ import nbformat
 import papermill
 import pytest
 
-from hiper_lab import runs, train
+from hiper_lab import launcher, results, runs, sweeps, train
 
 TINY = {
     "iterations": 2, "episodes": 4, "max_turns": 5, "eval_games": 4, "warmup_iterations": 1,
@@ -75,7 +75,10 @@ def test_every_experiment_is_a_valid_configuration(root):
         "alfworld_qwen2.5_7b",
     }
     for file in files:
-        train.TrainConfig.from_parameters(runs.read_experiment(file))
+        if "grid" in (parameters := runs.read_experiment(file)):
+            assert runs.read_sweep(file).runs
+        else:
+            train.TrainConfig.from_parameters(parameters)
 
 
 @pytest.mark.slow
@@ -146,7 +149,7 @@ def test_refresh_executes_strips_and_replaces_only_on_success(tmp_path, capsys):
 
 
 def test_public_functions_are_documented():
-    for module in (runs, train):
+    for module in (runs, launcher, sweeps, results, train):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert function.__doc__ and typing.get_type_hints(function), name

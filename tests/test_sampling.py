@@ -198,6 +198,8 @@ def test_limits_and_errors_end_only_their_own_episode():
     sampler = hf_sampler(policy, 1.0, torch.Generator().manual_seed(0))
     played = collect(sampler, codec, envs, RolloutConfig(), names=["a", "b"], seeds=[0, 1])
     assert [t.end for t in played] == [EndReason.TURN_LIMIT, EndReason.ERROR]
+    types = [generate_game(k)["meta"]["task_type"] for k in (0, 1)]
+    assert [t.task_type for t in played] == types
     assert played[1].detail == "RuntimeError: the simulator died" and len(played[1].turns) == 1
     envs = [Unwinnable(generate_game(0), 50)]
     sampler = hf_sampler(policy, 1.0, torch.Generator().manual_seed(1))
