@@ -19,6 +19,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -54,6 +55,8 @@ class _Inspector(ui.VBox):
         self._muted = False
         self.plot, self.text = go.FigureWidget(), ui.HTML()
         above = [ui.HBox(list(row), layout={"flex_flow": "row wrap"}) for row in rows]
+        # A page first draws a plot at 700 px, then says so; only then can it take the width there is.
+        self.plot.observe(lambda _: self.plot.update_layout(autosize=True), "_js2py_traceDeltas")
         super().__init__([ui.HTML(pages.STYLE), *above, self.plot, self.text])
         self.add_class("hl")
 
@@ -94,6 +97,7 @@ class _Inspector(ui.VBox):
         except ValueError as error:
             self.plot.data, self.text.value = (), f"<b>{escape(str(error))}</b>"
             return
+        figure.layout.autosize = self.plot.layout.autosize
         with self.plot.batch_update():
             if [t.type for t in self.plot.data] == [t.type for t in figure.data]:
                 for shown, new in zip(self.plot.data, figure.data, strict=True):
@@ -106,6 +110,9 @@ class _Inspector(ui.VBox):
                 for trace in self.plot.data:
                     if hasattr(trace, "base") or trace.type == "scatter":
                         trace.on_click(self.clicked)
+        # A page that is still loading plotly's code drops the messages above and starts from this.
+        self.plot._widget_data = deepcopy(self.plot._data)
+        self.plot._widget_layout = deepcopy(self.plot._layout)
         self.text.value = f'<div class="hl">{text}</div>'
 
     def clicked(self, trace: Any, points: Any, _: Any) -> None:
@@ -375,7 +382,7 @@ class CreditExplorer(_OfTurns):
         self.level = ui.ToggleButtons(
             options=[(NAMES[level], level) for level in COLORS], style={"button_width": "115px"}
         )
-        self.flip = ui.Button(description="flip KEEP/SWITCH", icon="exchange")
+        self.flip = ui.Button(description="flip", icon="exchange", tooltip="KEEP to SWITCH or back")
         self.undo = ui.Button(description="undo flips", icon="undo")
         self.flips: set[tuple[str, int]] = set()
         self._set_sliders()
