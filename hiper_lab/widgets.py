@@ -38,7 +38,7 @@ from hiper_lab.records import FAILURES, Rollouts
 from hiper_lab.trajectory import Trajectory, to_grid, to_values, turn_frame
 
 Source = Rollouts | Path | str | Iterable[Trajectory]
-SLIM, WIDE = {"width": "270px"}, {"width": "320px"}
+FIELD = {"width": "270px"}
 
 
 def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str, str]]) -> None:
@@ -145,7 +145,7 @@ class _OfTurns(_Inspector):
         newest = max(self.rollouts)
         self.iteration = ui.SelectionSlider(
             options=sorted(self.rollouts), value=newest, description="iteration",
-            continuous_update=False, layout=WIDE,
+            continuous_update=False, layout=FIELD,
         )  # fmt: skip
         self.listing = ui.Select(rows=7, layout={"width": "98%"})
         self.turn = ui.IntSlider(description="turn", max=0, layout={"width": "420px"})
@@ -241,20 +241,20 @@ class TrajectoryInspector(_OfTurns):
     """
 
     def __init__(self, source: Source):
-        self.task = ui.Dropdown(options=["all"], description="task type", layout=SLIM)
-        self.outcome = ui.Dropdown(options=["all"], description="outcome", layout=SLIM)
+        self.task = ui.Dropdown(options=["all"], description="task type", layout=FIELD)
+        self.outcome = ui.Dropdown(options=["all"], description="outcome", layout=FIELD)
         self.turns = ui.IntRangeSlider(
-            description="turns", min=1, max=100, value=(1, 100), layout=WIDE
+            description="turns", min=1, max=100, value=(1, 100), layout=FIELD
         )
         self.switching = ui.FloatRangeSlider(
-            description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=WIDE
+            description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=FIELD
         )
         self.search = ui.Text(
             description="search", placeholder="in task, subgoal, action, observation",
-            continuous_update=False, layout=WIDE,
+            continuous_update=False, layout=FIELD,
         )  # fmt: skip
         columns = ["trajectory", "return", "turns", "switch_rate", "failure", "task"]
-        self.sort = ui.Dropdown(options=columns, description="sort by", layout=SLIM)
+        self.sort = ui.Dropdown(options=columns, description="sort by", layout=FIELD)
         self.color = ui.ToggleButtons(
             options=["role", "advantage", "logprob"], style={"button_width": "90px"}
         )
@@ -367,15 +367,15 @@ class CreditExplorer(_OfTurns):
             trained = CreditConfig(**rollouts.config["credit"])
             self.presets = {"as trained": trained} | self.presets
         names = list(self.presets)
-        self.preset = ui.Dropdown(options=names, description="left", layout=SLIM)
-        self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=SLIM)
+        self.preset = ui.Dropdown(options=names, description="left", layout=FIELD)
+        self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=FIELD)
         self.right = ui.Dropdown(
-            options=[*names, UNFLIPPED], value="paper", description="right", layout=SLIM
+            options=[*names, UNFLIPPED], value="paper", description="right", layout=FIELD
         )
         self.sliders = {
             name: ui.FloatSlider(
                 min=0.5 if name == "gamma" else 0.0, max=1.0, step=0.005, description=label,
-                readout_format=".3f", layout=SLIM,
+                readout_format=".3f", layout=FIELD,
             )
             for name, label in SLIDERS.items()
         }  # fmt: skip
@@ -575,7 +575,7 @@ class RunComparer(_Inspector):
             "subgoals": self._subgoals, "same task": self._same_task,
         }  # fmt: skip
         self.view = ui.ToggleButtons(options=list(self.views), style={"button_width": "120px"})
-        self.smooth = ui.IntSlider(description="smooth", value=1, min=1, max=20, layout=WIDE)
+        self.smooth = ui.IntSlider(description="smooth", value=1, min=1, max=20, layout=FIELD)
         self.game = ui.Dropdown(description="task", layout={"width": "480px"})
         super().__init__([self.view], [self.smooth, self.game])
         self._on([self.view, self.smooth, self.game], self.render)

@@ -199,7 +199,7 @@ def test_token_colours_mean_role_and_sign():
     assert figures.rgba(figures.NEGATIVE, 0.75) in strip  # the largest in size
     assert figures.rgba(figures.POSITIVE, 0.375) in strip and "a&lt;b" in strip
     strip = pages.token_strip(pd.DataFrame([token, token | {"chosen": False}]))
-    assert strip.count(figures.rgba(COLORS["high"], 0.4)) == 2 and strip.count("opacity:.55") == 1
+    assert strip.count(figures.rgba(COLORS["high"], 0.4)) == 2 and strip.count("opacity:.7") == 1
 
 
 # -------------------------------------------------------------------------------------- explorer
