@@ -1,7 +1,10 @@
 # Everything happens in .venv; nothing is installed elsewhere. `make` alone lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
+# Of pyproject.toml; `make test EXTRAS=dev,alfworld` also tests against the genuine ALFWorld.
+EXTRAS ?= dev
 PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
 RUN ?= runs/demo
 
 # Two torch threads on two busy cores are slower than one.
@@ -15,27 +18,27 @@ demo test bench: export HF_HUB_OFFLINE = 1
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(VENV)/.installed  ## train the embedded agent on household games, into runs/demo (resumes)
+demo: $(INSTALLED)  ## train the embedded agent on household games, into runs/demo (resumes)
 	@$(PY) -m hiper_lab.runs launch experiments/tiny_household.yaml --out $(RUN)
 
-test: $(VENV)/.installed  ## lint, then every test, doctest and checked notebook
+test: $(INSTALLED)  ## lint, then every test, doctest and checked notebook
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
-lab: $(VENV)/.installed  ## open JupyterLab on the notebooks
+lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 
-bench: $(VENV)/.installed  ## print speed ratios, measured side by side
-	@set -e; for script in benchmarks/bench_*.py; do $(PY) $$script; done
+bench: $(INSTALLED)  ## print speed ratios, measured side by side
+	@set -e; for script in benchmarks/*.py; do $(PY) $$script; done
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hiper_lab tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Re-made only when the dependencies change.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 13) or sys.exit( \
 	    "hiper_lab needs Python 3.11 or 3.12, but $(PYTHON) is %d.%d; try: make $(MAKECMDGOALS) PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --no-input --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@

@@ -10,7 +10,6 @@ Left out on purpose: tokens (a token takes the credit of its role in its turn) a
 """
 
 from collections.abc import Callable, Hashable
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -31,9 +30,8 @@ from hiper_lab.grid import (
     numbers,
     pick,
 )
-from hiper_lab.scan import reverse_scan
+from hiper_lab.scan import choose_method, reverse_scan
 
-Level = Literal["high", "low", "switch"]
 LEVELS = ("high", "low", "switch")
 
 
@@ -146,6 +144,8 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         Sutton, Precup & Singh 1999 (options). Indices follow HiPER: rₜ follows aₜ.
     """
     real, last, crossing = layout(grid, values)
+    if choose_method(real.shape, real.device, numbers(grid.reward).dtype) == "triton":
+        return _hae_on_gpu(grid, values, config)
     inside, boundary = real & ~last & ~crossing, real & grid.boundary
     reward = torch.where(real, numbers(grid.reward), 0)
     v_high, v_low, v_switch, _ = map(numbers, values)
@@ -204,7 +204,7 @@ def whiten(credit: Credit, grid: TurnGrid) -> Credit:
 
 @torch.no_grad()
 def explain(
-    grid: TurnGrid, values: Values, config: CreditConfig, traj: int, turn: int, level: Level
+    grid: TurnGrid, values: Values, config: CreditConfig, traj: int, turn: int, level: str
 ) -> pd.DataFrame:
     """Take one advantage of `estimate` apart: the terms whose sum it is.
 
@@ -284,6 +284,31 @@ def explain(
     return table.assign(contribution=table["coefficient"] * table["value"])
 
 
+def per_token(
+    credit: Credit, cell: tuple[Tensor, Tensor], level: Int[Tensor, "row token"]
+) -> Float[Tensor, "row token"]:
+    """Spread credit over tokens: each takes the advantage of its level in its turn, in float32.
+
+    Args:
+        credit: Of all turns.
+        cell: Trajectory and turn of each row, as `table_to_grid` returns them.
+        level: Of each token, 0 to 2 in the order of `LEVELS`; 3 for those that were no decision.
+
+    Example:
+        >>> zero = torch.zeros(1, 1)
+        >>> credit = Credit(zero + 5, zero + 7, zero + 9, zero, zero, zero)
+        >>> per_token(credit, (torch.tensor([0]), torch.tensor([0])), torch.tensor([[2, 3, 0, 1]]))
+        tensor([[9., 0., 5., 7.]])
+    """
+    choices = torch.stack([getattr(credit, name)[cell] for name in LEVELS], 1)
+    choices = torch.cat([choices, torch.zeros_like(choices[:, :1])], 1).float()
+    out = torch.empty(level.shape, device=level.device)
+    parts = zip(out.split(256), choices.split(256), level.split(256), strict=True)
+    for part, chosen, tokens in parts:
+        torch.gather(chosen, 1, tokens.long(), out=part)  # in parts: indices are 64-bit
+    return out
+
+
 def segment_index(boundary: Bool[Tensor, "traj turn"]) -> Int[Tensor, "traj turn"]:
     """Number of the segment each turn belongs to, from 0. Padding continues the last one.
 
@@ -346,11 +371,11 @@ def credit_table(turns: pd.DataFrame, config: CreditConfig) -> pd.DataFrame:
 
 
 def explain_table(
-    turns: pd.DataFrame, config: CreditConfig, traj: Hashable, turn: int, level: Level
+    turns: pd.DataFrame, config: CreditConfig, traj: Hashable, turn: int, level: str
 ) -> pd.DataFrame:
     """`explain` for one row of a table as `credit_table` takes it, ``traj`` by its name there."""
     grid, values, _ = table_to_grid(turns, config)
-    names = list(dict.fromkeys(turns["traj"]))
+    _, names = _numbered(turns["traj"])
     if traj not in names:
         raise ValueError(f"traj is {traj!r}, expected one of the {len(names)} in the table")
     return explain(grid, values, config, names.index(traj), turn, level)
@@ -369,7 +394,7 @@ def table_to_grid(
     needed = [*COLUMNS, *_columns_read(config)]
     if missing := [name for name in needed if name not in turns]:
         raise ValueError(f"turns has no column {missing}, expected {needed}")
-    traj, names = pd.factorize(turns["traj"])
+    traj, names = _numbered(turns["traj"])
     if turns.empty or traj.min() < 0:
         raise ValueError("turns has no rows or rows without traj, expected one per turn")
     turn, length = _floats(turns, "turn"), np.bincount(traj)
@@ -413,6 +438,9 @@ def table_to_grid(
         group = _groups(turns, names, traj)
         if config.estimator == "gigpo":
             seen = [_hashable(x) for x in turns["state"]]
+            if None in seen:
+                where = turns.index[seen.index(None)]
+                raise ValueError(f"state is None at index {where!r}, expected what the turn saw")
             state = flat.anchor_states(seen, group[traj].tolist(), config.anchor_similarity)
             state = torch.from_numpy(grid(np.array(state)))
         group = torch.from_numpy(group)
@@ -460,7 +488,7 @@ def _is_gapless(traj: np.ndarray, turn: np.ndarray, length: np.ndarray) -> bool:
     return bool((np.bincount(place, minlength=len(turn)) == 1).all())
 
 
-def _first_gap(names: pd.Index, traj: np.ndarray, turn: np.ndarray) -> str:
+def _first_gap(names: list[Hashable], traj: np.ndarray, turn: np.ndarray) -> str:
     """What is wrong with the first turn that is not where it should be."""
     order = np.lexsort((turn, traj))
     traj, turn = traj[order], turn[order]
@@ -479,9 +507,9 @@ def _earliest(traj: np.ndarray, turn: np.ndarray, wrong: np.ndarray) -> int:
     return int(rows[np.lexsort((turn[rows], traj[rows]))[0]])
 
 
-def _groups(turns: pd.DataFrame, names: pd.Index, traj: np.ndarray) -> np.ndarray:
+def _groups(turns: pd.DataFrame, names: list[Hashable], traj: np.ndarray) -> np.ndarray:
     """One number per trajectory; no trajectory in two groups or alone in its group."""
-    code, groups = pd.factorize(turns["group"])
+    code, groups = _numbered(turns["group"])
     group = np.full(len(names), -1)
     group[traj] = code
     if (wrong := (group[traj] != code) | (code < 0)).any():
@@ -497,6 +525,12 @@ def _groups(turns: pd.DataFrame, names: pd.Index, traj: np.ndarray) -> np.ndarra
             "least two trajectories of each task instance to compare"
         )
     return group
+
+
+def _numbered(column: pd.Series) -> tuple[np.ndarray, list[Hashable]]:
+    """A number for each different entry, in order of appearance; -1 for a missing one."""
+    code, different = pd.factorize(column)
+    return code, different.tolist()
 
 
 def _floats(turns: pd.DataFrame, name: str, optional: bool = False) -> np.ndarray:
@@ -525,7 +559,7 @@ def _subgoals(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """A number for each different subgoal, and where there is none."""
     if pd.api.types.infer_dtype(column, skipna=True) not in ("string", "empty"):
         column = pd.Series([_hashable(x) for x in column], dtype=object)
-    code, different = pd.factorize(column, use_na_sentinel=True)
+    code, different = _numbered(column)
     empty = [i for i, x in enumerate(different) if x == "" or x == ()]
     code[np.isin(code, empty)] = -1
     return code, code == -1
@@ -542,17 +576,30 @@ def _hashable(x: object) -> Hashable:
     )
 
 
+def _hae_on_gpu(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
+    """`hae` in one launch."""
+    from hiper_lab import scan_triton  # needs a GPU: never import it without
+
+    fields = scan_triton.hae(
+        numbers(grid.reward), grid.boundary, grid.terminated, grid.length, *map(numbers, values),
+        gamma=config.gamma, lam_low=config.lam_low, lam_high=config.lam_high,
+        lam_boundary=config.lam_boundary, truncation=config.truncation,
+        value_form=config.switch_advantage == "value",
+    )  # fmt: skip
+    return Credit(*fields)
+
+
 def _estimator(config: CreditConfig) -> Callable[[TurnGrid, Values, CreditConfig], Credit]:
     return hae if config.estimator == "hae" else getattr(flat, config.estimator)
 
 
-def _decisions(grid: TurnGrid, level: Level) -> Bool[Tensor, "traj turn"]:
+def _decisions(grid: TurnGrid, level: str) -> Bool[Tensor, "traj turn"]:
     """Where something was decided at this level."""
     real, _, _ = layout(grid)
     return real & grid.boundary if level == "high" else real
 
 
-def _moments(credit: Credit, grid: TurnGrid, level: Level) -> tuple[Tensor, Tensor]:
+def _moments(credit: Credit, grid: TurnGrid, level: str) -> tuple[Tensor, Tensor]:
     """What `whiten` subtracts and divides by; 0 and 1 where nothing is counted."""
     counted = _decisions(grid, level)
     if level == "high":

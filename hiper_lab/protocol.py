@@ -9,7 +9,7 @@ Left out on purpose: tokenizers, models, repair of malformed text. Text in, text
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 TAGS = ("switch", "subgoal", "action")
@@ -147,19 +147,27 @@ single action.
 <subgoal>your subgoal</subgoal>
 <action>your action</action>
 """
-_ROLE = "You are an expert agent acting in a text environment. You finish the task by always \
-following one short-term subgoal: a small objective that a few actions can reach.\n"
+_SUBGOALS = "You finish the task by always following one short-term subgoal: a small objective \
+that a few actions can reach.\n"
+_ROLE = f"You are an expert agent acting in a text environment. {_SUBGOALS}"
+_SHOP_ROLE = "You are an expert agent in an online shop. "
+SEPARATOR = " [SEP] "  # between the pieces of a page of WebShop
+SHOP_LIMIT = 13_000  # characters; a longer upstream prompt of WebShop is written without history
 
 
 def render(template: str, context: Context, history_turns: int) -> tuple[str, str]:
     """Render a prompt as ``(static, dynamic)``; the prompt is their concatenation.
 
     ``static`` is the same at every turn of every episode, so samplers compute its KV cache once.
+    A page of WebShop, known by its separators, is shown from behind the task on, each piece in
+    quotes; its ``upstream`` prompt offers ``search[<your query>]`` in place of listed searches.
 
     Args:
         template: ``full`` (instructions first, so that they are cached), ``upstream`` (the parts
             of the released HiPER prompt in their order, instructions last; the wording is ours),
-            or ``compact`` (no instructions: for tiny models trained on it).
+            or ``compact`` (for tiny models trained on it: no instructions; says how many turns
+            have passed and which places were not visited yet, and marks things of a kind that the
+            task names with ``*``).
         history_turns: How many past turns are shown (actions only in ``compact``).
 
     Raises:
@@ -168,7 +176,11 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}, expected one of {sorted(TEMPLATES)}")
     past = context.history[-history_turns:] if history_turns else []
-    return TEMPLATES[template](context, past)
+    if SEPARATOR not in context.observation:
+        return TEMPLATES[template](context, past)
+    context = replace(context, observation=_pieces(context.observation, context.task))
+    past = [(_pieces(seen, context.task), action) for seen, action in past]
+    return (_shop_upstream if template == "upstream" else TEMPLATES[template])(context, past)
 
 
 def _full(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
@@ -180,17 +192,54 @@ def _upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
     return _ROLE, f"{task}{_situation(context, past)}\n{_RULES}"
 
 
-def _situation(context: Context, past: list[tuple[str, str]]) -> str:
+def _shop_upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
+    taken = len(context.history)
+    actions = [a for a in context.admissible if not a.startswith("search[")]
+    if len(actions) < len(context.admissible):
+        actions.insert(0, "search[<your query>]")
+    listed = "".join(f"'{action}',\n" for action in actions)
+    steps, now = "", "Your current observation is"
+    if past:
+        steps = (
+            f"You have already taken {taken} step(s). The most recent {len(past)} observations and "
+            f"the actions you took: {_history(context, past)}"
+        )
+        now = f"You are now at step {taken + 1} and your current observation is"
+    dynamic = (
+        f"Your task is to: {context.task}.\n{_SUBGOALS}{steps}{now}: {context.observation}.\n"
+        f"Your current subgoal is: {context.subgoal or NO_SUBGOAL}.\n"
+        f"Your admissible actions are:\n[\n{listed}].\n\n{_RULES}"
+    )
+    if past and len(_SHOP_ROLE) + len(dynamic) > SHOP_LIMIT:
+        return _shop_upstream(context, [])
+    return _SHOP_ROLE, dynamic
+
+
+def _pieces(page: str, task: str) -> str:
+    """The pieces of a WebShop page behind the task, in quotes; a page without the task as it is.
+
+    Example:
+        >>> _pieces("Instruction: [SEP] Find tea [SEP] Back to Search [SEP] < Prev", "Find tea")
+        "'Back to Search' [SEP] '< Prev'"
+    """
+    _, found, rest = page.partition(f"{task}{SEPARATOR}")
+    return SEPARATOR.join(f"'{piece}'" for piece in rest.split(SEPARATOR)) if found else page
+
+
+def _history(context: Context, past: list[tuple[str, str]]) -> str:
     first = len(context.history) - len(past) + 1
-    lines = [
-        f"[Observation {k}: '{seen}', Action {k}: '{done}']"
+    return "".join(
+        f"[Observation {k}: '{seen}', Action {k}: '{done}']\n"
         for k, (seen, done) in enumerate(past, first)
-    ]
+    )
+
+
+def _situation(context: Context, past: list[tuple[str, str]]) -> str:
     shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
     actions = "\n ".join(f"'{a}'" for a in context.admissible if a != "help")
     return (
         shown
-        + "".join(line + "\n" for line in lines)
+        + _history(context, past)
         + f"Your current observation is:\n{context.observation.strip()}\n"
         + f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n"
         + f"Your admissible actions are:\n[{actions}]\n"
@@ -198,12 +247,25 @@ def _situation(context: Context, past: list[tuple[str, str]]) -> str:
 
 
 def _compact(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
-    # The first observation repeats the task and a banner: a tiny model is spared both.
+    # What a tiny model cannot work out for itself: how late it is, where it has not been, and
+    # which of the things it sees the task is about.
+    wanted = set(re.findall(r"[a-z]+", context.task))
+
+    def mark(text: str) -> str:
+        return re.sub(r"\b([a-z]+)(?= \d)", lambda m: "*" * (m[1] in wanted) + m[1], text)
+
+    done = {action for _, action in context.history}
+    new = [a[len(_GO) :] for a in context.admissible if a.startswith(_GO) and a not in done]
+    # The first observation repeats the task and a banner: it is spared both.
     seen = context.observation.split("\n\nYour task is to:")[0].split("=-\n\n")[-1].strip()
     actions = "".join(f"> {action}\n" for _, action in past)
-    return "", f"{context.task}\n{actions}{seen}\n# {context.subgoal or NO_SUBGOAL}\n"
+    return "", (
+        f"{context.task}\n[ {len(context.history)}] {mark(', '.join(new))}\n"
+        f"{mark(actions + seen)}\n# {context.subgoal or NO_SUBGOAL}\n"
+    )
 
 
+_GO = "go to "
 TEMPLATES = {"full": _full, "upstream": _upstream, "compact": _compact}
 
 

@@ -7,19 +7,13 @@ Left out on purpose: values, credit, anything that needs the whole batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from hiper_lab import protocol
+from hiper_lab.envs.base import TextEnv
+from hiper_lab.envs.pool import reset_all, step_all
 from hiper_lab.sampling import DECODERS, DECODINGS, Codec, Draft, Prompt, Sampler
 from hiper_lab.trajectory import EndReason, Trajectory, Turn
-
-
-class TextEnv(Protocol):
-    """A Gymnasium-style text environment; ``info`` has ``admissible``, ``won`` and ``task``."""
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]: ...
-
-    def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class RolloutConfig:
     """``compact`` (for the embedded model), ``full`` or ``upstream``."""
     decoding: str = "guided"
     """``guided`` or ``free``."""
-    history_turns: int = 12
+    history_turns: int = 6
     """Past turns shown in the prompt."""
     max_prompt_tokens: int = 2048
     """An episode whose prompt grows longer ends with ``token_limit``."""
@@ -91,8 +85,8 @@ def collect(
         ValueError: If an episode's very first prompt is longer than ``max_prompt_tokens``.
     """
     episodes = []
-    for env, seed in zip(envs, seeds, strict=True):
-        observation, info = env.reset(seed=seed)
+    starts = reset_all(envs, seeds)
+    for env, (observation, info) in zip(envs, starts, strict=True):
         episodes.append(_Episode(env, info["task"], observation, info["admissible"]))
         _render(episodes[-1], codec, config)
         if episodes[-1].end:
@@ -109,8 +103,12 @@ def collect(
             for draft, e in zip(drafts, running, strict=True)
         ]
         responses = sampler([e.prompt for e in running], drafts, decoders)
-        for episode, draft, response in zip(running, drafts, responses, strict=True):
-            _act(episode, codec, draft, response)
+        # one broken environment must not take the batch with it: its answer is an exception
+        answers = step_all([e.env for e in running], [r.action for r in responses])
+        for episode, draft, response, answer in zip(
+            running, drafts, responses, answers, strict=True
+        ):
+            _record(episode, codec, draft, response, answer)
             _render(episode, codec, config)
         running = [e for e in running if e.end is None]
     return [
@@ -122,8 +120,10 @@ def collect(
     ]  # fmt: skip
 
 
-def _act(episode: _Episode, codec: Codec, draft: Draft, response: protocol.Response) -> None:
-    """Write the turn down and step the environment."""
+def _record(
+    episode: _Episode, codec: Codec, draft: Draft, response: protocol.Response, answer: Any
+) -> None:
+    """Write down the turn and what the environment answered."""
     turn = Turn(
         observation=episode.observation, admissible=episode.admissible,
         prompt_ids=episode.prompt.ids, response_ids=draft.ids, roles=draft.roles,
@@ -135,11 +135,10 @@ def _act(episode: _Episode, codec: Codec, draft: Draft, response: protocol.Respo
     episode.turns.append(turn)
     episode.history.append((episode.observation, response.action))
     episode.subgoal = response.subgoal
-    try:
-        seen, turn.reward, terminated, truncated, info = episode.env.step(response.action)
-    except Exception as error:  # a broken environment must not take the batch with it
-        episode.end, episode.detail = EndReason.ERROR, f"{type(error).__name__}: {error}"
+    if isinstance(answer, Exception):
+        episode.end, episode.detail = EndReason.ERROR, f"{type(answer).__name__}: {answer}"
         return
+    seen, turn.reward, terminated, truncated, info = answer
     episode.observation, episode.admissible = seen, info["admissible"]
     if terminated:
         episode.end = EndReason.WON if info["won"] else EndReason.LOST

@@ -5,6 +5,9 @@ kernel starts, writes a manifest, follows the run with a progress bar, and resum
 interrupted. The folder holds config.json, manifest.json, metrics.jsonl, rollouts/, checkpoints/ and
 the executed notebook.
 
+``python -m hiper_lab.runs refresh notebooks/02_*.ipynb`` executes the checked notebooks afresh and
+stores them as they are committed.
+
 Left out on purpose: sweeps and clusters.
 """
 
@@ -18,16 +21,22 @@ import sys
 import threading
 import time
 import types
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 import papermill
 import torch
 import yaml
-from nbclient.exceptions import DeadKernelError
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.paths import jupyter_runtime_dir
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm.auto import tqdm
+from traitlets import default
 
 import hiper_lab
 from hiper_lab.train import TrainConfig, parameter_names
@@ -145,8 +154,47 @@ def launch(parameters: dict[str, Any], folder: Path | str, notebook: Path | str 
         papermill.execute_notebook(
             str(notebook), str(executed), {**parameters, "run_folder": str(folder)},
             kernel_name="python3", progress_bar=False, store_widget_state=False,
+            kernel_manager_class=_LocalKernel,
         )  # fmt: skip
     return executed
+
+
+def refresh(path: Path | str) -> None:
+    """Execute a notebook afresh, in its own folder, and store it as it is committed.
+
+    One thread, as in the tests; no widget state, no time stamps. The file is replaced only if every
+    cell succeeded.
+
+    Raises:
+        FileNotFoundError: If there is no such notebook.
+        nbclient.exceptions.CellExecutionError: If a cell fails.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no notebook {str(path)!r}")
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=None, coalesce_streams=True, record_timing=False,
+        store_widget_state=False, resources={"metadata": {"path": str(path.parent)}},
+        kernel_manager_class=_LocalKernel,
+    )  # fmt: skip
+    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    write_atomic(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
+
+
+class _LocalKernel(AsyncKernelManager):
+    """A kernel behind file sockets of its own, not TCP ports (which ipykernel warns about)."""
+
+    @default("transport")
+    def _file_socket(self) -> str:
+        return "ipc"
+
+    @default("ip")
+    def _path_of_the_sockets(self) -> str:
+        Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
+        return str(Path(jupyter_runtime_dir()) / f"kernel-{uuid.uuid4().hex}")
 
 
 @contextmanager
@@ -200,10 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     show = commands.add_parser("summary", help="held-out success of finished runs, a line each")
     show.add_argument("folders", nargs="+", metavar="FOLDER")
+    again = commands.add_parser("refresh", help="execute notebooks afresh, to be committed")
+    again.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
     commands.add_parser("parameters", help="list all training parameters")
     args = parser.parse_args(arguments)
     if args.command == "parameters":
         print("\n".join(parameter_names()))
+        return 0
+    if args.command == "refresh":
+        for path in args.notebooks:
+            try:
+                refresh(path)
+            except (OSError, ValueError, CellExecutionError, DeadKernelError) as error:
+                print(f"error: {path} is as it was: {error}", file=sys.stderr)
+                return 1
+            print(f"refreshed {path}")
         return 0
     try:
         if args.command == "summary":

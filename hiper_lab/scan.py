@@ -5,6 +5,8 @@ credit as such a recurrence, so making credit fast means making this one functio
 """
 
 import math
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -26,8 +28,9 @@ def reverse_scan(
         b: What each turn adds, at times [0, T).
         c: How much of the next turn's result flows back into this one, at times [0, T).
             Zero cuts the flow; the last column has nothing to multiply and is never read.
-        method: ``"loop"`` (T steps, the definition), ``"doubling"`` (⌈log₂ T⌉ steps) or
-            ``"auto"``, which asks `choose_method`. They agree to 1e-6 in float32.
+        method: ``"loop"`` (T steps, the definition), ``"doubling"`` (⌈log₂ T⌉ steps), ``"triton"``
+            (one launch on a GPU) or ``"auto"``, which asks `choose_method`. They agree to 1e-6 in
+            float32. Only doubling can be differentiated; ``"auto"`` knows.
 
     Returns:
         y, in float32 or, if an input is float64, in float64.
@@ -51,39 +54,59 @@ def reverse_scan(
     if b.shape[-1] == 0:
         raise ValueError("b and c have no turns, expected at least one column")
     dtype = torch.promote_types(torch.promote_types(b.dtype, c.dtype), torch.float32)
+    b, c = b.to(dtype), c.to(dtype)
     if method == "auto":
-        method = choose_method(tuple(b.shape), b.device)
+        needs_gradient = torch.is_grad_enabled() and (b.requires_grad or c.requires_grad)
+        method = "doubling" if needs_gradient else choose_method(b.shape, b.device, dtype)
     if method == "loop":
-        return _loop(b.to(dtype), c.to(dtype))
+        return _loop(b, c)
     if method == "doubling":
-        return _doubling(b.to(dtype), c.to(dtype))
-    raise ValueError(f"method is {method!r}, expected 'auto', 'loop' or 'doubling'")
+        return _doubling(b, c)
+    if method == "triton":
+        from hiper_lab import scan_triton  # needs a GPU: never import it without
+
+        return scan_triton.reverse_scan(b, c)
+    raise ValueError(f"method is {method!r}, expected 'auto', 'loop', 'doubling' or 'triton'")
 
 
-def choose_method(shape: tuple[int, ...], device: torch.device) -> Literal["loop", "doubling"]:
-    """Pick the faster method for a grid of this shape on this device.
+def choose_method(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Literal["loop", "doubling", "triton"]:
+    """Which method is used for a grid of this shape, on this device, in this precision.
 
-    The loop does the least arithmetic, T passes over one column each; doubling needs only
-    ⌈log₂ T⌉ passes, over the whole grid. A pass has a fixed price (a kernel launch on a GPU),
-    so doubling wins on a GPU, and on a CPU until columns are long enough to hide that price:
-    measured on one core, at about 1,000 rows.
+    - A CUDA device, float32, at most 1,024 turns, triton installed: ``"triton"``. `reverse_scan`
+      is then one launch, and so is the whole of `hiper_lab.credit.hae`.
+    - Any other accelerator, or triton unfit: ``"doubling"``, for its ⌈log₂ T⌉ passes over the whole
+      grid are few launches.
+    - A CPU, from 256 trajectories on: ``"loop"``. It does the least arithmetic, T passes over one
+      column each, in no memory but the result's.
+    - A CPU, fewer trajectories: ``"doubling"``, since starting a pass costs more than the pass.
+
+    The bounds are measured, see ``benchmarks/README.md``.
 
     >>> choose_method((128, 50), torch.device("cpu"))
     'doubling'
     >>> choose_method((4096, 50), torch.device("cpu"))
     'loop'
     """
-    rows = math.prod(shape[:-1])
-    return "loop" if device.type == "cpu" and rows >= 1024 else "doubling"
+    if device.type == "cpu":
+        return "loop" if math.prod(shape[:-1]) >= 256 else "doubling"
+    fits = device.type == "cuda" and dtype == torch.float32 and shape[-1] <= 1024
+    return "triton" if fits and _has_triton() else "doubling"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _loop(b: Tensor, c: Tensor) -> Tensor:
-    """The definition, one column after the other from the last to the first."""
-    y, columns = torch.zeros_like(b[..., 0]), []
-    for b_t, c_t in zip(reversed(b.unbind(-1)), reversed(c.unbind(-1)), strict=True):
-        y = b_t + c_t * y
-        columns.append(y)
-    return torch.stack(columns[::-1], dim=-1)
+    """The definition, one column after the other from the last to the first, in place."""
+    result = b.clone(memory_format=torch.contiguous_format)
+    y, c = result.unbind(-1), c.unbind(-1)
+    for t in reversed(range(len(y) - 1)):
+        y[t].addcmul_(c[t], y[t + 1])
+    return result
 
 
 def _doubling(b: Tensor, c: Tensor) -> Tensor:

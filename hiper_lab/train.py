@@ -19,6 +19,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from hiper_lab import objective, trajectory
 from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
+from hiper_lab.envs.shop import Shop, embedded_shop
+from hiper_lab.envs.webshop import WebShopEnv
+from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
 from hiper_lab.policy import CRITICS, LEVELS, Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
@@ -51,7 +55,8 @@ class TrainConfig:
     env: str = "household"
     """``household`` (generated games), ``alfworld`` (a folder of game files), ``webshop``."""
     env_path: str = ""
-    """Folder of ALFWorld's json_2.1.1 games (or of WebShop's files); empty: $ALFWORLD_DATA."""
+    """Folder of ALFWorld's json_2.1.1 games (empty: $ALFWORLD_DATA), or of WebShop's files (empty:
+    the embedded shop)."""
     env_size: str = "small"
     """Size of generated household games: small, medium or full."""
     env_tasks: tuple[str, ...] = ()
@@ -71,7 +76,9 @@ class TrainConfig:
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
-    """Episodes per iteration, each in a game of its own."""
+    """Episodes per iteration."""
+    group_size: int = 1
+    """Episodes per game; estimators that compare episodes of a game (grpo, …) need at least 2."""
     warmup_iterations: int = 3
     """First iterations that train only the critic."""
     lr: float = 7e-4
@@ -124,6 +131,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
         least = {"iterations": 0, "episodes": 1, "max_turns": 1, "epochs": 1, "minibatch_turns": 1,
+                 "group_size": 2 if self.credit.estimator in GROUP_RELATIVE else 1,
                  "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1,
                  "eval_games": 0,
                  "eval_every": 0, "warmup_iterations": 0, "critic_epochs": self.epochs,
@@ -131,6 +139,10 @@ class TrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        if self.episodes % self.group_size:
+            raise ValueError(
+                f"episodes is {self.episodes}, expected a multiple of group_size {self.group_size}"
+            )
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any]) -> "TrainConfig":
@@ -201,29 +213,38 @@ def _nearest(name: str) -> str:
 # ------------------------------------------------------------------------------------------ worlds
 
 
-def make_envs(config: TrainConfig, split: str, start: int, count: int) -> tuple[list, list[str]]:
+def make_envs(
+    config: TrainConfig, split: str, start: int, count: int, copies: int = 1
+) -> tuple[list, list[str]]:
     """``count`` environments of a split and their names, from number ``start`` of an endless list.
 
+    Each game comes ``copies`` times in a row.
+
     Raises:
-        FileNotFoundError: If the game files of ``alfworld`` are not there.
-        ValueError: If the environment is not available in this version.
+        FileNotFoundError: If the files of ``alfworld`` or ``webshop`` are not there.
+        ValueError: If they are broken, or have no such split.
     """
     tasks = config.env_tasks or TASK_TYPES
+    numbers = [start + k // copies for k in range(count)]
     if config.env == "household":
         games = [
             generate_game(k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)])
-            for k in range(start, start + count)
+            for k in numbers
         ]
-        names = [f"{split}/{config.env_size}/{k}" for k in range(start, start + count)]
+        names = [f"{split}/{config.env_size}/{k}" for k in numbers]
     elif config.env == "alfworld":
         folder = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}[split]
         paths = _alfworld_games(config.env_path, folder, tasks)
-        chosen = [paths[k % len(paths)] for k in range(start, start + count)]
+        chosen = [paths[k % len(paths)] for k in numbers]
         games, names = [load_game(path) for path in chosen], [str(p.parent.name) for p in chosen]
     else:
-        raise ValueError(
-            "env 'webshop' is not part of this version; expected household or alfworld"
-        )
+        shop = _shop(config.env_path)
+        goals = shop.splits.get(split)
+        if not goals:
+            raise ValueError(f"no goals in split {split!r}, expected one of {sorted(shop.splits)}")
+        chosen = [goals[k % len(goals)] for k in numbers]
+        envs = [WebShopEnv(shop, config.max_turns, goal=k, reward="success") for k in chosen]
+        return envs, [f"{split}/{k}" for k in chosen]
     return [HouseholdEnv(game, config.max_turns) for game in games], names
 
 
@@ -240,6 +261,28 @@ def _alfworld_games(env_path: str, split: str, tasks: tuple[str, ...]) -> list[P
     if not paths:
         raise FileNotFoundError(f"no playable game of {tasks} under {folder}")
     return paths
+
+
+@lru_cache(maxsize=1)
+def _shop(env_path: str) -> Shop:
+    """The embedded shop, or the one of WebShop's files in a folder: its small set, if it is there.
+
+    Purchase prices are drawn with seed 0, so that they are the same in every run.
+    """
+    if not env_path:
+        return embedded_shop()
+    files = []
+    for name in ("items_shuffle", "items_ins_v2"):
+        found = sorted(Path(env_path).expanduser().glob(f"{name}*.json*"))
+        small = [file for file in found if "_1000." in file.name]
+        if not found:
+            raise FileNotFoundError(
+                f"no {name}*.json in {env_path!r}: expected a folder with WebShop's files "
+                "items_shuffle_1000.json and items_ins_v2_1000.json, plain or gzipped; "
+                "env_path '' is the embedded shop"
+            )
+        files.append((small or found)[0])
+    return Shop.from_files(*files)
 
 
 # ------------------------------------------------------------------------------------- the trainer
@@ -343,7 +386,8 @@ def step(state: State) -> StepReport:
     """One iteration: collect, credit, update. The whole method, in the order of the paper."""
     config, policy, codec = state.config, state.policy, state.codec
     started = time.perf_counter()
-    envs, names = make_envs(config, "train", state.iteration * config.episodes, config.episodes)
+    first = state.iteration * (config.episodes // config.group_size)
+    envs, names = make_envs(config, "train", first, config.episodes, config.group_size)
     seeds = [config.seed + i for i in range(config.episodes)]
     generator = _generator(config, state.iteration, "collect", policy.device)
     sampler = hf_sampler(policy, config.rollout.temperature, generator)
@@ -559,9 +603,7 @@ def evaluate(state: State) -> Evaluation:
     generator = _generator(config, 0, "evaluate", state.policy.device)
     sampler = hf_sampler(state.policy, config.eval_temperature, generator)
     seeds = list(range(len(envs)))
-    played = collect(
-        sampler, state.codec, envs, config.rollout, names=names, seeds=seeds
-    )
+    played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=seeds)
     won = [t.success for t in played]
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
 

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 # Check shapes and dtypes where a wrong one would still give a number; an int may stand for a float.
 install_import_hook(
     [f"hiper_lab.{module}" for module in ("scan", "grid", "flat", "credit", "policy", "objective")],

@@ -1,6 +1,7 @@
 """Credit against hand numbers, the published code's numbers, a slow reference, and itself."""
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,13 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hiper_lab import scan
 from hiper_lab.credit import (
+    LEVELS,
     CreditConfig,
     TurnGrid,
     Values,
     credit_table,
     estimate,
+    explain,
+    explain_table,
     hae,
+    per_token,
     segment_index,
     shape_rewards,
     table_to_grid,
@@ -29,6 +35,7 @@ from hiper_lab.flat import gae
 PLAIN = replace(CreditConfig.paper(), switch_advantage="return", truncation="zero")
 GOLDEN = json.loads((Path(__file__).parent / "data" / "hae_golden.json").read_text())["cases"]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+ESTIMATORS = ["hae", "gae", "monte_carlo", "grpo", "rloo", "rloo_rows", "gigpo"]
 seeds = st.integers(0, 2**32 - 1)
 unit = st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0])
 
@@ -53,6 +60,9 @@ def random_grid(seed, traj=6, turn=11, dtype=torch.float64):
     first = torch.arange(turn) == 0
     grid = TurnGrid(
         numbers(), switch, boundary, flags(), flags(), flags() & ~first, terminated, length
+    )
+    grid = grid._replace(
+        group=torch.arange(traj) % (traj // 2), state=torch.randint(0, 4, (traj, turn), generator=g)
     )
     final = torch.randn(traj, generator=g, dtype=torch.float64).to(dtype)
     return grid, Values(numbers(), numbers(), numbers(), final), real
@@ -195,7 +205,7 @@ configs = st.builds(
     lam_low=unit,
     lam_high=unit,
     lam_boundary=unit,
-    estimator=st.sampled_from(["hae", "hae", "gae"]),
+    estimator=st.sampled_from(["hae", "hae", "hae", *ESTIMATORS]),
     switch_advantage=st.sampled_from(["return", "value"]),
     truncation=st.sampled_from(["final_state", "own_state", "zero"]),
     keep_penalty=st.sampled_from([0.0, -0.3]),
@@ -204,19 +214,43 @@ configs = st.builds(
     consistency_penalty=st.sampled_from([0.0, -0.2]),
     consistency_requires_both=st.booleans(),
     whiten=st.booleans(),
+    gae_value=st.sampled_from(["high", "switch"]),
+    group_std=st.booleans(),
+    step_weight=st.sampled_from([0.0, 0.7, 1.0]),
+    anchor_similarity=st.sampled_from([0.8, 0.97, 1.0]),
 )
 
 
-@settings(deadline=None, max_examples=50)
-@given(seeds, st.integers(1, 5), configs)
-def test_equals_the_reference(seed, count, config):
-    trajectories = reference.random_trajectories(seed, count)
+def assert_equals_the_reference(trajectories, config):
     expected = reference.credit(trajectories, config)
-    turns = reference.to_frame(trajectories)
-    table = credit_table(turns, config)
-    # two rows that are equal but for rounding, whitened, are rounding divided by 1e-8
+    table = credit_table(reference.to_frame(trajectories), config)
+    # rows that are equal but for rounding, whitened, are rounding divided by 1e-8
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if config.whiten else CLOSE
     pd.testing.assert_frame_equal(table, expected, check_dtype=False, **tolerance)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, configs, st.sampled_from(["loop", "doubling"]))
+def test_ten_thousand_trajectories_equal_the_reference(seed, config, method):
+    """50 times 200 trajectories of 1 to 60 turns."""
+    trajectories = reference.random_trajectories(seed, 200, longest=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "choose_method", lambda *_: method)
+        assert_equals_the_reference(trajectories, config)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(2, 5), configs)
+def test_small_batches_equal_the_reference(seed, count, config):
+    """Where a level, a group or a state has few members, or one."""
+    assert_equals_the_reference(reference.random_trajectories(seed, count, longest=4), config)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_each_estimator_equals_the_reference(estimator):
+    for seed, config in enumerate((CreditConfig.lab(), CreditConfig.upstream())):
+        trajectories = reference.random_trajectories(seed, 60, longest=20)
+        assert_equals_the_reference(trajectories, replace(config, estimator=estimator))
 
 
 def test_float32_is_close_to_float64():
@@ -463,7 +497,7 @@ def test_whitening_where_no_boundary_owns_a_subgoal():
 def test_no_gradient_flows_through_credit():
     grid, values, _ = random_grid(12)
     values = Values(*(v.clone().requires_grad_() for v in values))
-    for estimator in ("hae", "gae"):
+    for estimator in ESTIMATORS:
         credit = estimate(grid, values, replace(CreditConfig.upstream(), estimator=estimator))
         assert not any(x.requires_grad for x in credit)
 
@@ -476,13 +510,13 @@ def test_segment_index():
 # -------------------------------------------------------------------------------- the table
 
 
-def log(seed=0, count=4):
+def log(seed=0, count=6):
     return reference.to_frame(reference.random_trajectories(seed, count))
 
 
 def test_any_row_order_index_and_name():
     turns = log()
-    names = ["a", 7, ("run", 3), frozenset({"b"})]
+    names = ["a", 7, ("run", 3), frozenset({"b"}), 2.5, "c"]
     expected = credit_table(turns, CreditConfig.lab())
     shuffled = turns.assign(traj=turns["traj"].map(dict(enumerate(names))))
     shuffled = shuffled.sample(frac=1, random_state=0)
@@ -494,6 +528,14 @@ def test_any_row_order_index_and_name():
         credit_table(repeated, CreditConfig.lab()).reset_index(drop=True),
         table.reset_index(drop=True),
     )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_turn_and_batch_order_do_not_matter(estimator):
+    config, turns = replace(CreditConfig.lab(), estimator=estimator), log(2, 12)
+    shuffled = turns.sample(frac=1, random_state=2)
+    table = credit_table(shuffled, config)
+    pd.testing.assert_frame_equal(table.sort_index(), credit_table(turns, config), **CLOSE)
 
 
 def test_table_leaves_its_input_alone_and_takes_extra_columns():
@@ -578,6 +620,129 @@ def test_table_errors(spoil, message):
         credit_table(spoil(four_turns([0, 0, 0, 10], True)), PLAIN)
 
 
+# ------------------------------------------------------------------------------- explanation
+
+
+@settings(deadline=None, max_examples=100)
+@given(seeds, configs, st.sampled_from(LEVELS), st.data())
+def test_explanations_add_up(seed, config, level, data):
+    """To the advantage that `estimate` gives, at any turn and level."""
+    grid, values, real = random_grid(seed, traj=4, turn=5)
+    decided = real & grid.boundary if level == "high" else real
+    traj, turn = data.draw(st.sampled_from(decided.nonzero().tolist()))
+    terms = explain(grid, values, config, traj, turn, level)
+    advantage = float(getattr(estimate(grid, values, config), level)[traj, turn])
+    assert terms["contribution"].sum() == pytest.approx(advantage, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_explanations_of_single_precision_and_large_batches(estimator):
+    grid, values, _ = random_grid(1, traj=300, turn=6)  # so many that estimate loops over columns
+    config = replace(CreditConfig.upstream(), estimator=estimator)
+    single = grid._replace(reward=grid.reward.float()), Values(*(v.float() for v in values))
+    terms = explain(*single, config, 7, 0, "switch")
+    advantage = float(estimate(*single, config).switch[7, 0])
+    assert terms["contribution"].sum() == pytest.approx(advantage, abs=1e-5)
+
+
+def test_explanation_by_hand():
+    """Two segments, γ = λ_high = λ_B = ½, λ_low = 1; the second is cut: every kind of term."""
+    grid = TurnGrid.of(reward=[[1.0, 0.0, 4.0]], switch=[[1, 0, 1]], terminated=False)
+    grid = grid._replace(valid=torch.tensor([[True, False, True]]))
+    values = Values(*torch.tensor([[[3.0, 9, 5]], [[2, 7, 6]], [[1, 8, 9]]]), torch.tensor([8.0]))
+    config = CreditConfig(0.5, lam_low=1.0, lam_high=0.5, lam_boundary=0.5, invalid_penalty=0.1)
+
+    def rows(turn, level):
+        return explain(grid, values, config, 0, turn, level).drop(columns="contribution").values
+
+    # r₀ + ½ r₁ + ¼ (½ V_high₂ + ½ (r₂ + ½ V_final)) − V_low₀
+    assert rows(0, "low").tolist() == [
+        ["reward", "reward", 0, 1.0, 1.0],
+        ["invalid penalty", "penalty", 1, 0.5, -0.1],
+        ["reward", "reward", 2, 0.125, 4.0],
+        ["V_high", "bootstrap", 2, 0.125, 5.0],
+        ["V_final", "bootstrap", 3, 0.0625, 8.0],
+        ["V_low", "baseline", 0, -1.0, 2.0],
+    ]
+    # the same with λ_high for λ_B, and its own baseline
+    assert rows(0, "high")[-1].tolist() == ["V_high", "baseline", 0, -1.0, 3.0]
+    assert rows(2, "switch").tolist() == [
+        ["reward", "reward", 2, 1.0, 4.0],
+        ["V_final", "bootstrap", 3, 0.5, 8.0],
+        ["V_switch", "baseline", 2, -1.0, 9.0],
+    ]
+
+
+def test_explanation_of_a_comparison():
+    grid = TurnGrid.of(reward=[[0.0, 1.0], [0.0, 0.0], [1.0, 1.0]], switch=[[1, 0]] * 3)
+    grid = grid._replace(group=torch.zeros(3).long(), state=torch.tensor([[5, 6], [5, 7], [5, 6]]))
+    values = Values(*torch.zeros(3, 3, 2), torch.zeros(3))
+    config = CreditConfig(1.0, estimator="gigpo", group_std=False, step_weight=0.5)
+    terms = explain(grid, values, config, 0, 1, "low")
+    assert terms["term"].tolist() == [
+        "reward", "mean return of the group", "mean return from this state"
+    ]  # fmt: skip
+    assert terms["coefficient"].tolist() == [1.5, -1.0, -0.5]
+    assert terms["value"].tolist() == [1.0, 1.0, 1.0]
+    assert terms["turn"].isna().tolist() == [False, True, True]
+    alone = explain(grid, values, config, 1, 1, "low")  # nobody else saw state 7
+    assert alone["contribution"].tolist() == [-1.0, 0.0]
+
+
+def test_coefficients_are_what_a_change_changes():
+    grid, values, _ = random_grid(3, traj=2, turn=8)
+    grid = grid._replace(length=torch.tensor([8, 8]), reward=torch.rand(2, 8).double())
+    values = Values(*torch.rand(3, 2, 8).double(), values.final)
+    before = hae(grid, values, CreditConfig.lab()).low[0, 0]
+    terms = explain(grid, values, CreditConfig.lab(), 0, 0, "low")
+    more = grid.reward.clone()
+    more[0, 3] += 1
+    changed = hae(grid._replace(reward=more), values, CreditConfig.lab()).low[0, 0] - before
+    expected = terms.query("term == 'reward' and turn == 3")["coefficient"].item()
+    assert changed.item() == pytest.approx(expected)
+
+
+def test_explain_a_table():
+    turns = log(5).assign(traj=lambda t: "run " + t["traj"].astype(str))
+    shuffled = turns.sample(frac=1, random_state=0)
+    table = credit_table(turns, CreditConfig.lab())
+    row = turns.index[(turns["traj"] == "run 4") & (turns["turn"] == 1)][0]
+    terms = explain_table(shuffled, CreditConfig.lab(), "run 4", 1, "low")
+    assert terms["contribution"].sum() == pytest.approx(table["adv_low"][row])
+
+
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ((0, 0, "term"), r"level is 'term', expected one of \('high', 'low', 'switch'\)"),
+        ((2, 0, "low"), "traj is 2, expected 0 to 1"),
+        ((0, 3, "low"), "turn is 3, expected 0 to 2"),
+        ((0, -1, "low"), "turn is -1, expected 0 to 2"),
+        ((0, 1, "high"), "turn 1 kept its subgoal, expected a boundary for level 'high'"),
+    ],
+)
+def test_explain_errors(where, message):
+    grid = TurnGrid.of(reward=torch.zeros(2, 3), switch=[[0, 0, 1]] * 2)
+    values = Values(*torch.zeros(3, 2, 3), torch.zeros(2))
+    with pytest.raises(ValueError, match=message):
+        explain(grid, values, PLAIN, *where)
+    with pytest.raises(ValueError, match="traj is 'b', expected one of the 1 in the table"):
+        explain_table(four_turns([0, 0, 0, 1], True), PLAIN, "b", 0, "low")
+
+
+def test_per_token():
+    grid, values, real = random_grid(4)
+    credit = estimate(grid, values, PLAIN)
+    traj, turn = cell = tuple(real.nonzero()[torch.randperm(int(real.sum()))].T)
+    level = torch.randint(0, 4, (len(traj), 9), dtype=torch.int8)
+    tokens = per_token(credit, cell, level)
+    for row, column in ((0, 0), (3, 5), (len(traj) - 1, 8)):
+        k = int(level[row, column])
+        expected = 0.0 if k == 3 else getattr(credit, LEVELS[k])[traj[row], turn[row]].item()
+        assert tokens[row, column].item() == pytest.approx(expected)
+    assert tokens.dtype == torch.float32 and (tokens[level == 3] == 0).all()
+
+
 # -------------------------------------------------------------------------------- the config
 
 
@@ -612,7 +777,11 @@ def test_presets():
         ({"lam_low": -0.1}, r"lam_low is -0.1, expected a number in \[0, 1\]"),
         ({"lam_high": 1.1}, "lam_high is 1.1"),
         ({"lam_boundary": None}, "lam_boundary is None"),
-        ({"estimator": "ppo"}, "estimator is 'ppo', expected 'hae' or 'gae'"),
+        ({"estimator": "ppo"}, "estimator is 'ppo', expected 'hae' or 'gae' or 'monte_carlo'"),
+        ({"gae_value": "low"}, "gae_value is 'low', expected 'high' or 'switch'"),
+        ({"group_std": None}, "group_std is None, expected True or False"),
+        ({"step_weight": -1}, "step_weight is -1, expected a number at least 0"),
+        ({"anchor_similarity": 0}, r"anchor_similarity is 0, expected a number in \(0, 1\]"),
         ({"switch_advantage": "paper"}, "expected 'return' or 'value'"),
         ({"truncation": ["zero"]}, "truncation is"),
         ({"keep_penalty": 0.3}, "keep_penalty is 0.3, expected a number at most 0"),
@@ -631,6 +800,32 @@ def test_whole_numbers_are_numbers():
     config = CreditConfig(gamma=1, lam_low=np.float32(0.5), keep_penalty=np.int64(-1))
     assert (config.gamma, config.lam_low, config.keep_penalty) == (1.0, 0.5, -1.0)
     assert {type(config.gamma), type(config.lam_low), type(config.keep_penalty)} == {float}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["reward", "high", "low", "switch", "final"])
+def test_a_number_that_is_none_is_refused_by_name(name, bad):
+    grid, values, _ = random_grid(13)
+    grid = grid._replace(terminated=torch.zeros_like(grid.terminated))
+
+    def spoil(x):
+        x = x.clone()
+        x[(2, 0) if x.ndim == 2 else 2] = bad
+        return x
+
+    if name == "reward":
+        grid = grid._replace(reward=spoil(grid.reward))
+    else:
+        values = values._replace(**{name: spoil(getattr(values, name))})
+    turn = int(grid.length[2]) - 1 if name == "final" else 0
+    message = f"{name} is {bad} at turn {turn} of trajectory 2, expected a finite number"
+    with pytest.raises(ValueError, match=message):
+        estimate(grid, values, CreditConfig.lab())
+    with pytest.raises(ValueError, match=message):
+        explain(grid, values, CreditConfig.lab(), 0, 0, "low")
+    if name != "reward":  # what is not read may be anything
+        critic_free = CreditConfig(estimator="monte_carlo", truncation="zero")
+        assert all(x.isfinite().all() for x in estimate(grid, values, critic_free))
 
 
 def test_grid_errors():

@@ -1,6 +1,7 @@
 """Generated games are winnable, reproducible and split by room; the expert plays by reading."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from hiper_lab.envs.games import (
+    HORIZONS,
+    LONG_TASK_TYPES,
     PLAN_TURNS,
     SIZES,
     SPLITS,
@@ -19,9 +22,10 @@ from hiper_lab.envs.games import (
     WORDING,
     Expert,
     generate_game,
+    plan_lengths,
     walkthrough,
 )
-from hiper_lab.envs.household import HouseholdEnv, World
+from hiper_lab.envs.household import LONG_TASKS, TASKS, HouseholdEnv, World
 
 SHARED = Path(os.environ.get("HIPER_SHARED", Path(__file__).parents[1].with_name("shared")))
 
@@ -55,6 +59,59 @@ def test_the_walkthrough_wins_at_its_last_command(size, task_type):
             assert not info["won"] and command in info["admissible"]
             _, reward, terminated, _, info = env.step(command)
         assert terminated and reward == 1.0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_games_of_each_horizon_have_plans_of_its_length(size):
+    """Every plan is played to its win while generating; here the types and lengths are seen."""
+    for turns in HORIZONS.values():
+        lengths, types = set(), set()
+        for seed in range(40):
+            game = generate_game(seed, split=SPLITS[seed % 3], size=size, turns=turns)
+            assert len(game["walkthrough"]) in turns
+            assert len(game["walkthrough"]) in plan_lengths(game["meta"]["task_type"])
+            goal = World.from_game(game).goal
+            assert goal.task_type == game["meta"]["task_type"]
+            assert (goal.treatment, goal.count) == (TASKS | LONG_TASKS)[goal.task_type]
+            lengths.add(len(game["walkthrough"]))
+            types.add(goal.task_type)
+        assert types <= set(LONG_TASK_TYPES if turns.start > 10 else TASK_TYPES) and len(types) > 3
+        assert len(lengths) >= 3
+
+
+def test_any_length_of_plan_is_one_that_the_formula_allows():
+    for task_type in (*TASK_TYPES, *LONG_TASK_TYPES):
+        for seed in range(12):
+            game = generate_game(seed, size=SIZES[seed % 3], task_type=task_type,
+                                 turns=range(1, 99))
+            assert len(game["walkthrough"]) in plan_lengths(task_type)
+
+
+def shortest(env: HouseholdEnv, limit: int) -> int:
+    """The fewest commands that win, by trying all of them (breadth first)."""
+    env.reset()
+    layer = {env.snapshot()._replace(turn=0, taken=frozenset())}
+    seen = set(layer)
+    for turns in range(1, limit + 1):
+        reached = set()
+        for state in layer:
+            for command in env.restore(state)["admissible"]:
+                if not command.startswith(("help", "look", "inventory", "examine", "close")):
+                    env.restore(state)
+                    if env.step(command)[2]:
+                        return turns
+                    reached.add(env.snapshot()._replace(turn=0, taken=frozenset()))
+        layer = reached - seen
+        seen |= layer
+    return limit + 1
+
+
+@pytest.mark.parametrize("turns", [range(4, 7), range(7, 8)])
+def test_the_walkthrough_is_a_shortest_plan(turns):
+    for seed in range(10 if turns.stop == 7 else 3):
+        game = generate_game(seed, turns=turns)
+        plan = len(game["walkthrough"])
+        assert shortest(HouseholdEnv(game, None), plan) == plan
 
 
 @pytest.mark.parametrize(("size", "receptacles", "objects"), [
@@ -110,11 +167,35 @@ def test_the_same_arguments_give_the_same_game_and_play_in_any_process():
     assert games[0] == generate_game(0)
 
 
+def test_small_games_their_text_and_the_expert_stay_what_the_embedded_model_was_trained_on():
+    """The digest is of 200 games and of an erring expert's episodes in them, as first released."""
+    digest = hashlib.sha256()
+    for seed in range(200):
+        game = generate_game(seed, split=SPLITS[seed % 3],
+                             task_type=(*TASK_TYPES, None)[seed % 7])
+        env = HouseholdEnv(game)
+        expert = Expert(env, random.Random(seed), 0.2)
+        observation, info = env.reset()
+        told, over = [json.dumps(game), observation], False
+        while not over:
+            turn = expert.act(observation, info)
+            observation, reward, terminated, truncated, info = env.step(turn[2])
+            told += [turn, observation, info["admissible"], reward]
+            over = terminated or truncated
+        digest.update(json.dumps(told).encode())
+    assert digest.hexdigest() == "38d43f70e86e4423db9c192bfe02aa548ce248e9f44c311b86fa9039a578c37c"
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"seed": "0"}, "seed: saw '0', expected an int"),
     ({"seed": 0, "split": "test"}, "split: saw 'test', expected one of"),
     ({"seed": 0, "size": "tiny"}, "size: saw 'tiny', expected one of"),
     ({"seed": 0, "task_type": "cook"}, "task_type: saw 'cook', expected one of"),
+    ({"seed": 0, "turns": range(5, 5)}, r"turns: saw range\(5, 5\), expected a range of plan"),
+    ({"seed": 0, "turns": 5}, "turns: saw 5, expected a range of plan lengths, not empty"),
+    ({"seed": 0, "turns": range(30, 40)}, "found no small game of any task with a plan that long"),
+    ({"seed": 0, "task_type": "pick_and_place_simple", "turns": range(9, 12)},
+     "found no small game of pick_and_place_simple with a plan that long, expected for instance"),
 ])
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -136,6 +217,17 @@ def test_the_expert_wins_every_small_game(task_type, split):
         assert subgoals[-1] in (f"turn on the {goal.lamp}",
                                 f"put the {goal.object} in the {goal.receptacle}")
         assert not goal.treatment or f"{goal.treatment} the {goal.object}" in subgoals
+
+
+@pytest.mark.parametrize("task_type", LONG_TASK_TYPES)
+def test_the_expert_wins_long_games(task_type):
+    for seed in range(3):
+        game = generate_game(seed, size=SIZES[seed], task_type=task_type, turns=range(11, 21))
+        env = HouseholdEnv(game, max_turns=120)
+        won, turns = episode(env, Expert(env, random.Random(seed)))
+        assert won and len(turns) >= len(game["walkthrough"])
+        won, _ = episode(HouseholdEnv(game, 200), Expert(env, random.Random(seed), 0.15))
+        assert won
 
 
 def test_the_expert_knows_only_what_it_has_read():

@@ -99,6 +99,7 @@ def test_first_observation_counts_instances_down():
         "around you, you see a countertop 1, a drawer 2, a drawer 1, a fridge 1, a microwave 1, "
         "and a sinkbasin 1.\n\nYour task is to: cook.")
     assert info["task"] == "cook." and info["won"] is False
+    assert info["task_type"] == "pick_heat_then_place_in_recep"
     assert info["admissible"] == [
         "go to countertop 1", "go to drawer 1", "go to drawer 2", "go to fridge 1",
         "go to microwave 1", "go to sinkbasin 1", "help", "inventory", "look"]
@@ -241,6 +242,40 @@ def test_two_needs_two_different_objects_in_one_receptacle():
     assert env.step("move apple 1 to countertop 1")[1:4] == (1.0, True, False)
 
 
+THREE_HOT = """(exists (?r - receptacle) (exists (?o1 - object) (and (heatable ?o1) (isHot ?o1)
+    (objectType ?o1 AppleType) (receptacleType ?r CounterTopType) (inReceptacle ?o1 ?r)
+    (exists (?o2 - object) (and (not (= ?o1 ?o2)) (heatable ?o2) (isHot ?o2)
+    (objectType ?o2 AppleType) (inReceptacle ?o2 ?r)
+    (exists (?o3 - object) (and (not (= ?o3 ?o1)) (not (= ?o2 ?o3)) (heatable ?o3) (isHot ?o3)
+    (objectType ?o3 AppleType) (inReceptacle ?o3 ?r))))))))"""
+
+
+def test_three_hot_ones_need_three_that_are_hot_in_one_place():
+    game = kitchen(THREE_HOT)
+    game["pddl_problem"] = game["pddl_problem"].replace(
+        "(:init", "(:init (objectType Apple_bar_3 AppleType)")
+    env = HouseholdEnv(game)
+    assert env.world.goal == ("pick_heat_three_then_place_in_recep", "apple", "countertop", "",
+                              "heat", 3)
+    apples = [f"apple_bar_{k}" for k in (1, 2, 3)]
+    for placed, hot in [(3, 3), (2, 3), (3, 2)]:
+        state = env.world.start._replace(
+            inside=frozenset((i, "countertop_bar_1") for i in apples[:placed]),
+            marks=frozenset(("ishot", i) for i in apples[:hot]))
+        assert env.restore(state)["won"] == (placed == hot == 3)
+    with pytest.raises(ValueError, match="saw a goal "):  # the third may be the second one again
+        HouseholdEnv(kitchen(THREE_HOT.replace("(not (= ?o2 ?o3))", "")))
+
+
+def test_what_lies_in_a_bowl_is_seen_when_the_bowl_is_examined():
+    game = broken("pddl_problem", "(:init", "(:init (inReceptacleObject Knife_bar_1 Mug_bar_1)")
+    outside = "(inReceptacle Knife_bar_1 Drawer_bar_1)"
+    game["pddl_problem"] = game["pddl_problem"].replace(outside, "")
+    said = play(HouseholdEnv(game), "go to countertop 1", "take mug 1 from countertop 1",
+                "examine mug 1")
+    assert said[-1] == "This is a normal mug 1. In it, you see a knife 1."
+
+
 def test_two_in_different_receptacles_do_not_win():
     env = HouseholdEnv(broken("pddl_problem", "SinkBasin SinkBasinType", "SinkBasin CounterTopType",
                               goal=TWO_APPLES))
@@ -298,6 +333,20 @@ def test_restore_replays_exactly(before, after):
     (broken("pddl_problem", "(objectType Mug_bar_1 MugType)", ""), r"no type for \['mug_bar_1'\]"),
     (broken("pddl_problem", "(atLocation agent1 start)", ""), "expected one atLocation"),
     (broken("pddl_problem", "(isHot ?o)", "(isHot ?o) (isSliced ?o)"), "saw a goal .*issliced"),
+    (broken("pddl_problem", "(isHot ?o)", "(isHot ?r)"), "saw a goal .*ishot"),
+    (broken("pddl_problem", "(inReceptacle ?o ?r)", "(inReceptacle ?o ?q)"), "saw a goal "),
+    (broken("pddl_problem", "(not (= ?o ?o2))", "(not (= ?o ?o))", TWO_APPLES), "saw a goal "),
+    (broken("pddl_problem", "(not (= ?o ?o2))", "(not (= ?o ?o2)) (not (inReceptacle ?o ?r))",
+            TWO_APPLES), "saw a goal "),
+    (broken("pddl_problem", "?o2 AppleType", "?o2 MugType", TWO_APPLES), "about .'apple', 'mug'."),
+    (broken("pddl_problem", "(holds ?a ?o)", "(holds ?a ?o) (opened ?r)", MUG_IN_LIGHT), "opened"),
+    (broken("pddl_problem", "Mug_bar_1 CounterTop_bar_1)", "Mug_bar_1 Mug_bar_1)"),
+     r"\(inreceptacle mug_bar_1 mug_bar_1\), which is no object in a receptacle"),
+    (broken("pddl_problem", "(inReceptacle Mug_bar_1", "(inReceptacle Drawer_bar_1"),
+     r"\(inreceptacle drawer_bar_1 countertop_bar_1\), which is no object in a receptacle"),
+    (broken("pddl_problem", "(:init", "(:init (inReceptacleObject Mug_bar_1 Apple_bar_1) "
+            "(inReceptacleObject Apple_bar_1 Mug_bar_1)"),
+     "apple_bar_1 inside mug_bar_1 inside apple_bar_1, a cycle"),
     (kitchen(""), r"saw a goal with \[\]"),
 ])
 def test_a_broken_game_says_what_is_wrong(game, message):
@@ -325,6 +374,10 @@ def test_games_are_found_and_loaded_as_alfworld_does(tmp_path):
         load_game(found[0])
     found[0].write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="saw a list, expected a JSON object"):
+        load_game(found[0])
+    found[0].write_text(json.dumps({"grammar": "", "solvable": True}), encoding="utf-8")
+    assert find_games(tmp_path) == found  # looked at, not parsed: there are thousands
+    with pytest.raises(ValueError, match=f"{found[0]}: game: saw keys .*'pddl_problem'"):
         load_game(found[0])
     with pytest.raises(ValueError, match="No such file"):
         load_game(tmp_path / "nowhere")

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 LAYERS = """
-    scan grid flat credit protocol trajectory records envs envs.household envs.games policy sampling
-    rollout objective train warmstart stats figures pages widgets runs
+    scan_triton scan grid flat credit protocol trajectory records
+    envs envs.base envs.household envs.games envs.catalogue envs.shop envs.webshop envs.shopper
+    envs.alfworld envs.express envs.pool envs.probes
+    policy sampling rollout objective train warmstart
+    stats figures pages widgets runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"
 BANNED = {"figures": {"torch"}, "stats": {"transformers"}, "widgets": {"transformers"}}

@@ -68,3 +68,20 @@ def test_templates_show_what_they_should():
     assert "Observation 3: 'seen 2'" in full  # turns are numbered from the episode's start
     with pytest.raises(ValueError, match="unknown template 'short'"):
         render("short", context, 2)
+
+
+def test_compact_says_how_late_it_is_where_to_look_and_what_is_wanted():
+    context = Context(
+        "put a clean mug in shelf.",
+        "On the desk 1, you see a book 2, and a mug 1.",
+        ["go to bed 1", "go to shelf 1", "go to shelf 2", "take mug 1 from desk 1"],
+        "find a mug",
+        [("", "go to bed 1"), ("", "go to desk 1")],
+    )
+    assert render("compact", context, 1)[1].splitlines() == [
+        "put a clean mug in shelf.",
+        "[ 2] *shelf 1, *shelf 2",
+        "> go to desk 1",
+        "On the desk 1, you see a book 2, and a *mug 1.",
+        "# find a mug",
+    ]

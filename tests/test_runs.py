@@ -120,6 +120,31 @@ def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):
         runs.summary(tmp_path)
 
 
+def test_refresh_executes_strips_and_replaces_only_on_success(tmp_path, capsys):
+    cells = [
+        nbformat.v4.new_code_cell("import pathlib\nprint(pathlib.Path('beside.txt').read_text())"),
+        nbformat.v4.new_code_cell("import os\nprint('threads', os.environ['OMP_NUM_THREADS'])"),
+        nbformat.v4.new_code_cell("import ipywidgets\nipywidgets.IntSlider()"),
+    ]
+    path = tmp_path / "01_x.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"a": {}}}), path)
+    (tmp_path / "beside.txt").write_text("found")
+    assert runs.main(["refresh", str(path)]) == 0
+    notebook = nbformat.read(path, 4)
+    assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3]
+    shown = [cell.outputs[0].text for cell in notebook.cells[:2]]
+    assert shown == ["found\n", "threads 1\n"]
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert not any(cell.metadata for cell in notebook.cells)
+    notebook.cells[0].source = "raise KeyError('no such thing')"
+    nbformat.write(notebook, path)
+    before = path.read_bytes()
+    assert runs.main(["refresh", str(path)]) == 1
+    assert "no such thing" in capsys.readouterr().err and path.read_bytes() == before
+    assert runs.main(["refresh", str(tmp_path / "02_y.ipynb")]) == 1
+    assert "no notebook" in capsys.readouterr().err
+
+
 def test_public_functions_are_documented():
     for module in (runs, train):
         for name, function in inspect.getmembers(module, inspect.isfunction):

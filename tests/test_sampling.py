@@ -199,12 +199,16 @@ def test_limits_and_errors_end_only_their_own_episode():
     played = collect(sampler, codec, envs, RolloutConfig(), names=["a", "b"], seeds=[0, 1])
     assert [t.end for t in played] == [EndReason.TURN_LIMIT, EndReason.ERROR]
     assert played[1].detail == "RuntimeError: the simulator died" and len(played[1].turns) == 1
-    first = len(played[0].turns[0].prompt_ids)
     envs = [Unwinnable(generate_game(0), 50)]
     sampler = hf_sampler(policy, 1.0, torch.Generator().manual_seed(1))
-    tight = RolloutConfig(max_prompt_tokens=first + 15)
+    longer = RolloutConfig(template="full", history_turns=12)  # its prompts grow
+    (whole,) = collect(
+        sampler, codec, [Unwinnable(generate_game(0), 1)], longer, names=["a"], seeds=[0]
+    )
+    limit = len(whole.turns[0].prompt_ids) + 60
+    tight = dataclasses.replace(longer, max_prompt_tokens=limit)
     (cut,) = collect(sampler, codec, envs, tight, names=["a"], seeds=[0])
-    assert cut.end is EndReason.TOKEN_LIMIT and len(cut.final_prompt_ids) > first + 15
+    assert cut.end is EndReason.TOKEN_LIMIT and len(cut.final_prompt_ids) > limit
     assert not cut.end.terminated
     with pytest.raises(ValueError, match="first prompt has .* max_prompt_tokens=5"):
         collect(sampler, codec, envs, RolloutConfig(max_prompt_tokens=5), names=["a"], seeds=[0])

@@ -1,5 +1,7 @@
 """The scan against its own definition; nothing about RL."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,12 +80,27 @@ def test_at_least_float32(method, given_dtype, computed):
 def test_choice_is_a_method():
     for shape in [(5,), (1, 1), (128, 50), (4096, 50), (2, 3, 4)]:
         assert choose_method(shape, torch.device("cpu")) in METHODS
-    assert choose_method((4096, 50), torch.device("cuda")) == "doubling"
+    # what cannot be one launch of the kernel: too long, double precision, no CUDA
+    cuda = torch.device("cuda")
+    assert choose_method((4096, 1025), cuda) == "doubling"
+    assert choose_method((4096, 50), cuda, torch.float64) == "doubling"
+    assert choose_method((4096, 50), torch.device("mps")) == "doubling"
+    assert choose_method((4096, 50), cuda) == ("triton" if find_spec("triton") else "doubling")
+
+
+def test_gradients_flow_whatever_the_size():
+    """The loop works in place and has none, so `auto` must not take it."""
+    b, c = random_pair((300, 6), 4, torch.float64)
+    b.requires_grad_()
+    (gradient,) = torch.autograd.grad(reverse_scan(b, c)[0, 0], b)
+    expected = torch.cat([torch.ones(1), c[0, :-1].cumprod(0)])
+    torch.testing.assert_close(gradient[0], expected)
+    assert not gradient[1:].any()
 
 
 def test_errors():
     b = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="method is 'fast', expected"):
+    with pytest.raises(ValueError, match="method is 'fast', expected 'auto', 'loop', 'doubling'"):
         reverse_scan(b, b, "fast")
     with pytest.raises(ValueError, match="no turns"):
         reverse_scan(b[:, :0], b[:, :0])

@@ -142,6 +142,20 @@ def test_stale_sampler_weights_are_noticed(monkeypatch):
         train.step(state)
 
 
+def test_groups_play_one_game_and_only_a_game_that_varies_teaches():
+    config = small(estimator="grpo", group_size=2, warmup_iterations=0, eval_games=0)
+    report = next(r for r in train.train(config) if r.trajectories)
+    games = [t.game for t in report.trajectories]
+    assert games[::2] == games[1::2] and len(set(games)) == 2
+    returns = torch.tensor([t.return_ for t in report.trajectories]).reshape(2, 2)
+    varies = returns[:, 0] != returns[:, 1]
+    assert torch.equal(report.credit.low.reshape(2, 2, -1).abs().sum((1, 2)) > 0, varies)
+    with pytest.raises(ValueError, match="group_size is 1, expected at least 2"):
+        small(estimator="gigpo")
+    with pytest.raises(ValueError, match="episodes is 4, expected a multiple of group_size 3"):
+        small(group_size=3)
+
+
 def test_time_limit_stops_cleanly_with_an_evaluation(tmp_path):
     reports = list(train.train(small(iterations=50, max_minutes=1e-6), tmp_path))
     assert [r.iteration for r in reports] == [0, 1]
@@ -188,8 +202,8 @@ def test_parameters_are_strict():
 def test_worlds_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="alfworld-download"):
         next(train.train(small(env="alfworld", env_path=str(tmp_path))))
-    with pytest.raises(ValueError, match="webshop"):
-        next(train.train(small(env="webshop")))
+    with pytest.raises(FileNotFoundError, match="items_shuffle"):
+        next(train.train(small(env="webshop", env_path=str(tmp_path))))
 
 
 def test_official_game_folders_are_played(tmp_path):

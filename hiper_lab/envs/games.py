@@ -4,30 +4,43 @@ A room is a fixed layout of receptacles, numbered like AI2-THOR's floor plans; a
 objects, their places and the task. The splits are ALFWorld's: ``train`` and ``seen`` share rooms
 (with different games), ``unseen`` has rooms of its own.
 
-Left out on purpose: physics (objects are drawn, not simulated), human wording, slicing tasks, and
-the PDDL domain and text grammar that the genuine engine wants in the file. Scores on these games
-are not comparable with published ALFWorld results.
+A game is small; :func:`complete_game` adds the PDDL domain and grammar that only the genuine engine
+reads, and :func:`write_games` writes folders in the official form.
 
-Source: types, affordances, goals and wording of ALFWorld (arXiv:2010.03768; MIT).
+Left out on purpose: physics (objects are drawn, not simulated), human wording and slicing tasks.
+Scores on these games are not comparable with published ALFWorld results.
+
+Source: types, affordances, goals and wording of ALFWorld (arXiv:2010.03768; MIT). The tasks of two
+treated and of three objects are ours, in its language of goals.
 """
 
+import json
 import random
 import re
+from collections.abc import Iterable
 from itertools import permutations, product
+from pathlib import Path
 from typing import NamedTuple
 
 from hiper_lab.envs.household import (
     EFFECTS,
-    GOAL_PREDICATES,
+    LONG_TASKS,
+    TASKS,
     TREATMENTS,
     HouseholdEnv,
     World,
 )
+from hiper_lab.trajectory import write_atomic
 
-TASK_TYPES = tuple(GOAL_PREDICATES)
+TASK_TYPES = tuple(TASKS)
+LONG_TASK_TYPES = tuple(LONG_TASKS)
 SPLITS = ("train", "seen", "unseen")
+OFFICIAL_SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
 SIZES = ("small", "medium", "full")
-PLAN_TURNS = range(4, 11)  # the walkthrough is this long
+PLAN_TURNS = range(4, 11)  # the walkthrough is this long, unless another range is asked for
+HORIZONS = {"short": range(4, 7), "middle": range(7, 11), "long": range(11, 21)}
+TEXTS = Path(__file__).parent / "alfworld_texts"  # MIT, from the package alfworld
+DRAWS = 2_000  # of a room and its objects, until one has a plan of the length asked for
 
 # Which objects a receptacle can hold.
 SURFACE = """AlarmClock Apple BaseballBat BasketBall Book Bowl Box Bread ButterKnife CD Candle
@@ -126,11 +139,8 @@ ROOMS = {
         "TissueBox Plunger Towel", (7, 12)),
 }
 WITH_LAMP = ("living room", "bedroom")
-TASK_ROOMS = {
-    "pick_and_place_simple": tuple(ROOMS), "pick_two_obj_and_place": tuple(ROOMS),
-    "look_at_obj_in_light": WITH_LAMP, "pick_clean_then_place_in_recep": ("kitchen", "bathroom"),
-    "pick_heat_then_place_in_recep": ("kitchen",), "pick_cool_then_place_in_recep": ("kitchen",),
-}
+TREATMENT_ROOMS = {"": tuple(ROOMS), "clean": ("kitchen", "bathroom"), "heat": ("kitchen",),
+                   "cool": ("kitchen",)}
 WORDING = {
     "pick_and_place_simple": ("put a {o} in {r}", "put some {o} on {r}"),
     "look_at_obj_in_light": ("look at {o} under the {r}", "examine the {o} with the {r}"),
@@ -139,6 +149,12 @@ WORDING = {
     "pick_heat_then_place_in_recep": ("put a hot {o} in {r}", "heat some {o} and put it in {r}"),
     "pick_cool_then_place_in_recep": ("put a cool {o} in {r}", "cool some {o} and put it in {r}"),
     "pick_two_obj_and_place": ("put two {o} in {r}", "find two {o} and put them in {r}"),
+    "pick_three_obj_and_place": ("put three {o} in {r}", "find three {o} and put them in {r}"),
+} | {
+    f"pick_{verb}_{number}_then_place_in_recep": (
+        f"put {number} {adjective} {{o}} in {{r}}", f"{verb} {number} {{o}} and put them in {{r}}")
+    for verb, adjective in (("clean", "clean"), ("heat", "hot"), ("cool", "cool"))
+    for number in ("two", "three")
 }
 GRAMMAR = """grammar :: \"""
     {
@@ -152,6 +168,7 @@ GRAMMAR = """grammar :: \"""
 """
 _TYPES = "(objectType ?o {o}Type) (receptacleType ?r {r}Type)"
 _PLACED = f"(exists (?r - receptacle) (exists (?o - object) (and %s{_TYPES}%s)))"
+MARKS = {"clean": "isClean", "heat": "isHot", "cool": "isCool"}
 GOALS = {  # ALFWorld's own, but for white space
     "pick_and_place_simple": _PLACED % ("(inReceptacle ?o ?r) ", ""),
     "look_at_obj_in_light":
@@ -159,18 +176,27 @@ GOALS = {  # ALFWorld's own, but for white space
         "(objectType ?ot {r}Type) (toggleable ?ot) (isToggled ?ot) (receptacleAtLocation ?r ?l) "
         "(atLocation ?a ?l) (inReceptacle ?ot ?r)))\n"
         "    (exists (?o - object ?a - agent) (and (objectType ?o {o}Type) (holds ?a ?o)))",
-    "pick_two_obj_and_place":
-        "(exists (?r - receptacle) (exists (?o1 - object) (and (objectType ?o1 {o}Type) "
-        "(receptacleType ?r {r}Type) (inReceptacle ?o1 ?r) (exists (?o2 - object) (and "
-        "(not (= ?o1 ?o2)) (objectType ?o2 {o}Type) (receptacleType ?r {r}Type) "
-        "(inReceptacle ?o2 ?r))))))",
 } | {f"pick_{verb}_then_place_in_recep": _PLACED % (f"({verb}able ?o) ", f" ({mark} ?o) "
                                                    "(inReceptacle ?o ?r)")
-     for verb, mark in (("clean", "isClean"), ("heat", "isHot"), ("cool", "isCool"))}
+     for verb, mark in MARKS.items()}
+
+
+def _goal(task_type: str, target: str, destination: str) -> str:
+    """The PDDL of a task. Of several objects, each is sought inside the condition on the others."""
+    verb, count = (TASKS | LONG_TASKS)[task_type]
+    text = GOALS.get(task_type, "")
+    if not text:
+        one = f"({verb}able ?o) {_TYPES} ({MARKS[verb]} ?o)" if verb else _TYPES
+        for k in range(count, 0, -1):
+            others = "".join(f"(not (= ?o{j} ?o{k})) " for j in range(1, k))
+            this = re.sub(r"\?o\b", f"?o{k}", f"{one} (inReceptacle ?o ?r)")
+            text = f"(exists (?o{k} - object) (and {others}{this}{text and ' ' + text}))"
+        text = f"(exists (?r - receptacle) {text})"
+    return text.format(o=target, r=destination)
 
 
 def generate_game(seed: int, *, split: str = "train", size: str = "small",
-                  task_type: str | None = None) -> dict:
+                  task_type: str | None = None, turns: range = PLAN_TURNS) -> dict:
     """Draw a winnable game; the same arguments give the same game, everywhere.
 
     Args:
@@ -178,30 +204,38 @@ def generate_game(seed: int, *, split: str = "train", size: str = "small",
         split: One of SPLITS.
         size: One of SIZES: "small" has 6 to 8 receptacles and 6 to 10 objects of few types,
             "medium" 12 to 16 and 12 to 20, "full" as many as ALFWorld's rooms of that kind.
-        task_type: One of TASK_TYPES; None draws one.
+        task_type: One of TASK_TYPES or LONG_TASK_TYPES. None draws one that can have such a plan:
+            of TASK_TYPES if ``turns`` begins at 10 or below, else of LONG_TASK_TYPES.
+        turns: Lengths of plan to accept, for instance one of the tiers in HORIZONS. A task of one
+            object takes 3 to 8, of two 8 to 15, of three 12 to 22.
 
     Returns:
-        The content of a game.tw-pddl file. ``walkthrough`` is a plan of 4 to 10 commands, played
-        to its win; ``meta`` has task_type, split, room, seed and size.
+        A game for HouseholdEnv and :func:`write_games`. ``walkthrough`` is a plan as long as
+        ``turns`` says, played to its win; ``meta`` has task_type, split, room, seed and size.
 
     Raises:
-        ValueError: If an argument is none of the above.
+        ValueError: If an argument is none of the above, or no game with such a plan is found.
 
     Example:
         >>> game = generate_game(3, split="unseen", task_type="pick_heat_then_place_in_recep")
         >>> game["meta"]["room"] in range(1, 7), len(game["walkthrough"]) in PLAN_TURNS
         (True, True)
     """
-    for name, value, known in (("split", split, SPLITS), ("size", size, SIZES),
-                               ("task_type", task_type, (*TASK_TYPES, None))):
+    for name, value, known in (
+            ("split", split, SPLITS), ("size", size, SIZES),
+            ("task_type", task_type, (*TASK_TYPES, *LONG_TASK_TYPES, None))):
         if value not in known:
             raise ValueError(f"{name}: saw {value!r}, expected one of {known}")
     if not isinstance(seed, int):
         raise ValueError(f"seed: saw {seed!r}, expected an int")
+    if not isinstance(turns, range) or not turns:
+        raise ValueError(f"turns: saw {turns!r}, expected a range of plan lengths, not empty")
     rng = random.Random(f"{split}/{size}/{task_type}/{seed}")
-    task_type = task_type or rng.choice(TASK_TYPES)
-    while True:
-        kind = rng.choice(TASK_ROOMS[task_type])
+    pool = TASK_TYPES if turns.start <= 10 else LONG_TASK_TYPES
+    pool = [task_type] if task_type else [t for t in pool if set(turns) & set(plan_lengths(t))]
+    task_type = task_type or (rng.choice(pool) if pool else "")
+    for _ in range(DRAWS if pool else 0):
+        kind = rng.choice(_rooms(task_type))
         plans = range(HELD_OUT) if split == "unseen" else range(HELD_OUT, 30)
         room = ROOMS[kind].first + rng.choice(plans)
         layout = _layout(kind, room, size)
@@ -210,7 +244,7 @@ def generate_game(seed: int, *, split: str = "train", size: str = "small",
             continue
         target, destination, objects = drawn
         wording = rng.choice(WORDING[task_type]).format(o=target.lower(), r=destination.lower())
-        goal = GOALS[task_type].format(o=target, r=destination)
+        goal = _goal(task_type, target, destination)
         game = {
             "pddl_domain": "",
             "grammar": GRAMMAR.replace("UNKNOWN GOAL", wording),
@@ -221,9 +255,27 @@ def generate_game(seed: int, *, split: str = "train", size: str = "small",
         }
         world = World.from_game(game)
         game["walkthrough"] = walkthrough(world)
-        if len(game["walkthrough"]) in PLAN_TURNS:
+        if len(game["walkthrough"]) in turns:
             assert _wins(world, game["walkthrough"]), game["meta"]
             return game
+    raise ValueError(f"turns: saw {turns}, but found no {size} game of {task_type or 'any task'} "
+                     f"with a plan that long, expected for instance {HORIZONS}")
+
+
+def plan_lengths(task_type: str) -> range:
+    """The lengths that a plan can have: go, open, take, go, treat, go, open, move for each object.
+
+    Opening is not always needed, treatment may happen where the object lies, and the destination
+    is opened at most once.
+
+    Example:
+        >>> plan_lengths("pick_and_place_simple"), plan_lengths("pick_heat_two_then_place_in_recep")
+        (range(4, 7), range(10, 16))
+    """
+    treatment, count = (TASKS | LONG_TASKS)[task_type]
+    if task_type == "look_at_obj_in_light":
+        return range(3, 6)  # go, open, take, go, use; object and lamp may lie at one place
+    return range(count * (5 if treatment else 4), count * (7 if treatment else 5) + 2)
 
 
 def walkthrough(world: World) -> list[str]:
@@ -272,6 +324,73 @@ def _wins(world: World, plan: list[str]) -> bool:
     return info["won"]
 
 
+def complete_game(game: dict) -> dict:
+    """The game with what only the genuine engine reads: ALFWorld's domain and its whole grammar.
+
+    A game that has a domain is returned as it is. The texts are ALFWorld's, see their LICENSE.
+    """
+    if game.get("pddl_domain"):
+        return game
+    task = World.from_game(game).task.removesuffix(".")
+    grammar = (TEXTS / "alfred.twl2").read_text(encoding="utf-8").replace("UNKNOWN GOAL", task)
+    return {**game, "grammar": grammar,
+            "pddl_domain": (TEXTS / "alfred.pddl").read_text(encoding="utf-8")}
+
+
+def write_games(folder: str | Path, games: Iterable[dict]) -> list[Path]:
+    """Write generated games in the form of ALFWorld's own data, for its engine and any tool of it.
+
+    ``folder`` may then be ALFWORLD_DATA. A game becomes
+    ``json_2.1.1/SPLIT/TASK-OBJECT-None-PLACE-ROOM/TRIAL/game.tw-pddl`` with a traj_data.json beside
+    it; the splits are called train, valid_seen and valid_unseen. ALFWorld's own loader skips
+    LONG_TASK_TYPES, which it does not know.
+
+    Returns:
+        The path of each game.tw-pddl.
+
+    Raises:
+        ValueError: If a game was not made by :func:`generate_game`, or its place is taken.
+    """
+    written = []
+    for game in games:
+        if not isinstance(game, dict) or not isinstance(game.get("meta"), dict):
+            seen = sorted(game) if isinstance(game, dict) else type(game).__name__
+            raise ValueError(f"game: saw {seen}, expected one of generate_game, with 'meta'")
+        meta, goal = game["meta"], World.from_game(game).goal
+        spelled = {kind.lower(): kind for kind in
+                   re.findall(r"(\w+)Type - [or]type", game["pddl_problem"])}
+        target, place, lamp = (spelled.get(kind, "") for kind in
+                               (goal.object, goal.receptacle, goal.lamp))
+        trial = f"trial_G{meta['room']:03d}_{meta['size']}_{meta['seed']:06d}"
+        path = (Path(folder) / "json_2.1.1" / OFFICIAL_SPLITS[meta["split"]]
+                / f"{goal.task_type}-{target}-None-{place or lamp}-{meta['room']}" / trial)
+        texts = {
+            "game.tw-pddl": complete_game(game),
+            "traj_data.json": {
+                "task_id": trial, "task_type": goal.task_type,
+                "pddl_params": {"object_target": target, "parent_target": place,
+                                "toggle_target": lamp, "mrecep_target": "",
+                                "object_sliced": False},
+                "scene": {"floor_plan": f"FloorPlan{meta['room']}", "scene_num": meta["room"]},
+                "turk_annotations": {"anns": []},
+            },
+        }
+        for name, content in reversed(texts.items()):  # the game last: it says that all is there
+            data = json.dumps(content, indent=1).encode()
+            if (path / name).exists() and (path / name).read_bytes() != data:
+                raise ValueError(f"{path / name}: saw another game, expected an empty folder")
+            write_atomic(path / name, data)
+        written.append(path / "game.tw-pddl")
+    return written
+
+
+def _rooms(task_type: str) -> tuple[str, ...]:
+    """The kinds of room in which this task is possible."""
+    if task_type == "look_at_obj_in_light":
+        return WITH_LAMP
+    return TREATMENT_ROOMS[(TASKS | LONG_TASKS)[task_type][0]]
+
+
 def _layout(kind: str, room: int, size: str) -> list[tuple[str, str, str]]:
     """The receptacles of a room, (id, type, standing point): fixed for a room and size."""
     rng = random.Random(f"{room}/{size}")
@@ -315,7 +434,8 @@ def _draw(task_type: str, kind: str, layout: list, size: str,
     vocabulary = ROOMS[kind].objects_small.split()
     if size != "small":
         vocabulary += ROOMS[kind].objects.split()
-    appliance, trait, _ = TREATMENTS.get(task_type.split("_")[1], ("", "", ""))
+    treatment, count = (TASKS | LONG_TASKS)[task_type]
+    appliance, trait, _ = TREATMENTS.get(treatment, ("", "", ""))
     pairs = [(o, t) for o in vocabulary if not trait or o in TRAITS[trait]
              for t in homes(o) if t.lower() != appliance]
     if task_type == "look_at_obj_in_light":
@@ -326,7 +446,7 @@ def _draw(task_type: str, kind: str, layout: list, size: str,
     elsewhere = [t for t in homes(target) if t != destination]
     if not elsewhere:
         return None
-    for _ in range((task_type == "pick_two_obj_and_place") + rng.choice((1, 1, 2))):
+    for _ in range(count - 1 + rng.choice((1, 1, 2))):
         place(target, elsewhere)
     others = [o for o in vocabulary * 2 if o != target and homes(o)]
     for other in rng.sample(others, len(others))[:rng.randint(*OBJECTS[size]) - len(objects)]:

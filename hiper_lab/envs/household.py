@@ -15,22 +15,23 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-GOAL_PREDICATES = {  # what the PDDL goal speaks of, beside types
-    "pick_and_place_simple": {"inreceptacle"},
-    "look_at_obj_in_light": {"inreceptacle", "toggleable", "istoggled", "holds", "atlocation",
-                             "receptacleatlocation"},
-    "pick_clean_then_place_in_recep": {"inreceptacle", "cleanable", "isclean"},
-    "pick_heat_then_place_in_recep": {"inreceptacle", "heatable", "ishot"},
-    "pick_cool_then_place_in_recep": {"inreceptacle", "coolable", "iscool"},
-    "pick_two_obj_and_place": {"inreceptacle", "not", "="},
-}
 TREATMENTS = {  # verb: (type of the appliance, trait the object needs, mark that it gets)
     "clean": ("sinkbasin", "cleanable", "isclean"),
     "cool": ("fridge", "coolable", "iscool"),
     "heat": ("microwave", "heatable", "ishot"),
+}
+TASKS = {  # ALFWorld's six types of task: (treatment, how many objects)
+    "pick_and_place_simple": ("", 1), "look_at_obj_in_light": ("", 1),
+    "pick_clean_then_place_in_recep": ("clean", 1), "pick_heat_then_place_in_recep": ("heat", 1),
+    "pick_cool_then_place_in_recep": ("cool", 1), "pick_two_obj_and_place": ("", 2),
+}
+LONG_TASKS = {"pick_three_obj_and_place": ("", 3)} | {  # ours, in the same language of goals
+    f"pick_{verb}_{number}_then_place_in_recep": (verb, count)
+    for count, number in ((2, "two"), (3, "three")) for verb in TREATMENTS
 }
 EFFECTS = {  # verb: (mark gained, mark lost)
     "open": ("opened", ""), "close": ("", "opened"), "use": ("istoggled", ""),
@@ -45,6 +46,8 @@ SENTENCES = {  # with the names of what the command is about and, {2}, how the f
     "clean": "You clean the {0} using the {1}.", "cool": "You cool the {0} using the {1}.",
     "heat": "You heat the {0} using the {1}.",
 }
+LIGHT_PREDICATES = {"objecttype", "toggleable", "istoggled", "receptacleatlocation", "atlocation",
+                    "inreceptacle", "holds"}
 TRAITS = ("openable", "pickupable", "toggleable", "sliceable", "isreceptacleobject",
           "cleanable", "coolable", "heatable")
 KNIVES = ("knife", "butterknife")
@@ -102,6 +105,7 @@ class World:
     receptacles: tuple[str, ...]  # ascending ids, the engine's order
     points: dict[str, str]  # receptacle -> where one stands to use it
     served: dict[str, tuple[str, ...]]  # the reverse: point -> receptacles
+    within: dict[str, tuple[str, ...]]  # object -> objects inside it, which can't be reached
     traits: dict[str, frozenset[str]]  # one of TRAITS -> ids
     fits: frozenset[tuple[str, str]]  # (receptacle type, object type)
     start: State
@@ -136,19 +140,27 @@ class World:
             for receptacle in receptacles:
                 served[points[receptacle]] += (receptacle,)
             (_, start), = facts["atlocation"]
-            if unknown := {i for pair in facts["inreceptacle"] for i in pair} - set(types):
+            holders = facts["inreceptacle"] + facts["inreceptacleobject"]
+            if unknown := {i for pair in holders for i in pair} - set(types):
                 raise ValueError(f"no type for {sorted(unknown)}")
+            for i, r in facts["inreceptacle"]:
+                if i in points or r not in points:
+                    raise ValueError(f"(inreceptacle {i} {r}), which is no object in a receptacle")
+            within = defaultdict(tuple)
+            for i, o in sorted(facts["inreceptacleobject"]):
+                within[o] += (i,)
+                _check_no_cycle(i, dict(facts["inreceptacleobject"]))
             return cls(
                 task[1], _goal(sections[2]), _names(types), types, receptacles, points,
-                served=dict(served),
+                served=dict(served), within=dict(within),
                 traits={trait: frozenset(i for i, in facts[trait]) for trait in TRAITS},
                 fits=frozenset((_type(r), _type(o)) for r, o in facts["cancontain"]),
                 start=State(0, start, "", frozenset(facts["inreceptacle"]), frozenset(
                     (mark, i) for mark, _ in EFFECTS.values() for i, in facts[mark])))
         except (ValueError, KeyError) as error:
             raise ValueError(f"pddl_problem: saw {error}; expected one atLocation, a type for what "
-                             "is inReceptacle, a receptacleAtLocation for every receptacle, and "
-                             "one of ALFWorld's six goals") from error
+                             "is inReceptacle, a receptacleAtLocation for every receptacle, "
+                             "nothing inside itself, and a goal of TASKS or LONG_TASKS") from error
 
 
 class HouseholdEnv:
@@ -183,7 +195,7 @@ class HouseholdEnv:
 
         Returns:
             The first observation and info: ``admissible`` (commands in the engine's order),
-            ``won`` and ``task`` (the sentence after "Your task is to: ").
+            ``won``, ``task`` (the sentence after "Your task is to: ") and ``task_type``.
         """
         info = self.restore(self.world.start)
         view, task = self._look(self.world.receptacles), f"Your task is to: {self.world.task}"
@@ -218,7 +230,8 @@ class HouseholdEnv:
         won = self._won()
         self._over = won or (self.max_turns is not None and state.turn >= self.max_turns)
         self._admissible = self._commands()
-        return {"admissible": sorted(self._admissible), "won": won, "task": self.world.task}
+        return {"admissible": sorted(self._admissible), "won": won, "task": self.world.task,
+                "task_type": self.world.goal.task_type}
 
     def _here(self) -> tuple[str, ...]:
         return self.world.served.get(self._state.point, ())
@@ -301,7 +314,8 @@ class HouseholdEnv:
             place = f"The {name} is open. In it" if i in traits["openable"] else f"On the {name}"
             return f"{place}, you see {_listing([self.world.names[o] for o in self._contents(i)])}."
         if i in traits["isreceptacleobject"]:
-            return f"This is a normal {name}. In it, you see nothing."
+            inner = [self.world.names[o] for o in self.world.within.get(i, ())]
+            return f"This is a normal {name}. In it, you see {_listing(inner)}."
         sliced = ("issliced", i) in marks
         treated = [word for word in ("hot", "cool", "clean") if ("is" + word, i) in marks]
         if treated:
@@ -324,18 +338,18 @@ class HouseholdEnv:
 
 
 def load_game(path: str | Path) -> dict:
-    """Read a game.tw-pddl file, or the one in a folder.
+    """Read a game.tw-pddl file, or the one in a folder, and check that it can be played.
 
     Raises:
-        ValueError: If there is no such file or it holds no JSON object.
+        ValueError: If there is no such file or it is broken; with the file, the key and what is
+            wrong with it.
     """
     file = Path(path) / "game.tw-pddl" if Path(path).is_dir() else Path(path)
+    game = _read(file)
     try:
-        game = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}; expected a game.tw-pddl file (JSON)") from error
-    if not isinstance(game, dict):
-        raise ValueError(f"{file}: saw a {type(game).__name__}, expected a JSON object")
+        World.from_game(game)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return game
 
 
@@ -352,24 +366,58 @@ def find_games(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder}: no such folder, expected one with game.tw-pddl files below it")
     return [file for file in sorted(folder.rglob("game.tw-pddl"))
             if not re.search("movable|Sliced", str(file.parent.relative_to(folder)))
-            and load_game(file).get("solvable")]
+            and _read(file).get("solvable")]
+
+
+def _read(file: Path) -> dict:
+    try:
+        game = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; expected a game.tw-pddl file (JSON)") from error
+    if not isinstance(game, dict):
+        raise ValueError(f"{file}: saw a {type(game).__name__}, expected a JSON object")
+    return game
+
+
+def _check_no_cycle(i: str, outer: dict[str, str]) -> None:
+    chain = [i]
+    while (i := outer.get(i, "")) and i not in chain:
+        chain.append(i)
+    if i:
+        raise ValueError(f"{' inside '.join([*chain, i])}, a cycle")
 
 
 def _goal(text: str) -> Goal:
-    """Recognise one of the six goals by its predicates and types."""
+    """Recognise the goal of a task in TASKS or LONG_TASKS by its predicates and types."""
+    def pairs(predicate: str) -> list[tuple[str, str]]:
+        return re.findall(rf"\({predicate} (\?\w+) ([?\w]+)\)", text)
+
     predicates = set(re.findall(r"\(([a-z]+|=)", text)) - {"and", "exists"}
-    objects = dict(re.findall(r"\(objecttype (\?\w+) (\w+)type\)", text))
-    lamps = [objects.pop(variable, "") for variable in re.findall(r"\(istoggled (\?\w+)\)", text)]
-    places = re.findall(r"\(receptacletype \?\w+ (\w+)type\)", text)
-    for task_type, needed in GOAL_PREDICATES.items():
-        kinds = [sorted(set(kind)) for kind in (objects.values(), places, lamps)]
-        light = "istoggled" in needed
-        if (predicates - {"objecttype", "receptacletype"} == needed
-                and [len(kind) for kind in kinds] == [1, not light, light]):
-            treatment = next((verb for verb in TREATMENTS if TREATMENTS[verb][2] in needed), "")
-            wanted, place, lamp = (kind[0] if kind else "" for kind in kinds)
-            return Goal(task_type, wanted, place, lamp, treatment, 2 if "=" in needed else 1)
-    raise ValueError(f"a goal with {sorted(predicates)} about {sorted(objects.values())}")
+    wanted = {variable: _type(kind) for variable, kind in pairs("objecttype")}
+    places = {variable: _type(kind) for variable, kind in pairs("receptacletype")}
+    lamps = [wanted.pop(variable, "") for variable in re.findall(r"\(istoggled (\?\w+)\)", text)]
+    what, count = "".join(set(wanted.values())), len(wanted)
+    if lamps:
+        known = LIGHT_PREDICATES == predicates and len(lamps) == count == 1 and not places
+        if known and what and lamps[0]:
+            return Goal("look_at_obj_in_light", what, "", lamps[0], "", 1)
+    elif len(set(wanted.values())) == len(places) == 1:
+        (place, receptacle), = places.items()
+        treatment = next((t for t in TREATMENTS if TREATMENTS[t][2] in predicates), "")
+        each = TREATMENTS[treatment][1:] if treatment else ()
+        known = {"objecttype", "receptacletype", "inreceptacle", *each}
+        known |= {"not", "="} if count > 1 else set()
+        # every one of them treated, in the same place, and different from every other one
+        alike = all(set(re.findall(rf"\({p} (\?\w+)\)", text)) == set(wanted) for p in each)
+        together = set(pairs("inreceptacle")) == {(variable, place) for variable in wanted}
+        different = pairs(r"not \(=")
+        task_type = next((name for name, task in (TASKS | LONG_TASKS).items()
+                          if task == (treatment, count)), "")
+        if (task_type and predicates == known and alike and together
+                and sorted(map(sorted, different)) == sorted(map(sorted, combinations(wanted, 2)))
+                and text.count("(not") == len(different)):
+            return Goal(task_type, what, receptacle, "", treatment, count)
+    raise ValueError(f"a goal with {sorted(predicates)} about {sorted(wanted.values())}")
 
 
 def _type(word: str) -> str:
