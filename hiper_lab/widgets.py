@@ -55,7 +55,7 @@ class _Inspector(ui.VBox):
         self._muted = False
         self.plot, self.text = go.FigureWidget(), ui.HTML()
         above = [ui.HBox(list(row), layout={"flex_flow": "row wrap"}) for row in rows]
-        # A page first draws a plot at 700 px, then says so; only then can it take the width there is.
+        # A page first draws a plot 700 px wide and reports it; then it can take the width there is.
         self.plot.observe(lambda _: self.plot.update_layout(autosize=True), "_js2py_traceDeltas")
         super().__init__([ui.HTML(pages.STYLE), *above, self.plot, self.text])
         self.add_class("hl")
@@ -181,7 +181,7 @@ class _OfTurns(_Inspector):
             ValueError: If there is no such trajectory or turn.
         """
         found = re.fullmatch(r"(?:(?:(.*)/)?(\d+)/)?([^/:]+)(?::(\d+))?", address.strip())
-        if not found or (found[1] or self.rollouts.name) != self.rollouts.name:
+        if not found or Path(found[1] or self.rollouts.name).name != self.rollouts.name:
             expected = f"{self.rollouts.name}/ITERATION/TRAJECTORY:TURN"
             raise ValueError(f"address is {address!r}, expected {expected}")
         iteration, turn = int(found[2] or self.selection[0]), int(found[4] or 0)

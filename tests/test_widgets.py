@@ -67,6 +67,7 @@ def test_controls_clicks_and_addresses_move_one_selection(run, kind):
     inspector.goto("demo/3/0005:1")
     assert inspector.iteration.value == 3 and inspector.listing.value == "0005"
     assert inspector.turn.value == 1 and inspector.turn.max == len(inspector.trajectory.turns) - 1
+    inspector.goto("runs/demo/3/0005:0")
     inspector.goto("0002")
     assert inspector.selection == (3, "0002", 0) and shown_is(inspector)
     # a click on a bar of turn 1, and on the segment that opens last
