@@ -48,16 +48,20 @@ def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str
     control.value = keep if keep in values else next(iter(values), None)
 
 
+def _parts(figure: go.Figure) -> tuple[list[str], set[str]]:
+    """Kinds of traces and what the layout has: what two pictures must share to be one plot."""
+    return [trace.type for trace in figure.data], set(figure.layout.to_plotly_json()) - {"autosize"}
+
+
 class _Inspector(ui.VBox):
     """What all inspectors share: one figure kept up to date, a digest, and the static twin."""
 
     def __init__(self, *rows: Iterable[ui.Widget]):
         self._muted = False
-        self.plot, self.text = go.FigureWidget(), ui.HTML()
+        self.plot: go.FigureWidget | None = None
+        self.frame, self.text = ui.VBox(), ui.HTML()
         above = [ui.HBox(list(row), layout={"flex_flow": "row wrap"}) for row in rows]
-        # A page first draws a plot 700 px wide and reports it; then it can take the width there is.
-        self.plot.observe(lambda _: self.plot.update_layout(autosize=True), "_js2py_traceDeltas")
-        super().__init__([ui.HTML(pages.STYLE), *above, self.plot, self.text])
+        super().__init__([ui.HTML(pages.STYLE), *above, self.frame, self.text])
         self.add_class("hl")
 
     def figure(self) -> go.Figure:
@@ -95,25 +99,33 @@ class _Inspector(ui.VBox):
         try:
             figure, text = self.figure(), self.details()
         except ValueError as error:
-            self.plot.data, self.text.value = (), f"<b>{escape(str(error))}</b>"
+            self._put(None)
+            self.text.value = f"<b>{escape(str(error))}</b>"
             return
-        figure.layout.autosize = self.plot.layout.autosize
-        with self.plot.batch_update():
-            if [t.type for t in self.plot.data] == [t.type for t in figure.data]:
-                for shown, new in zip(self.plot.data, figure.data, strict=True):
-                    shown.update(new.to_plotly_json(), overwrite=True)
-                self.plot.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-            else:
-                self.plot.data = ()
-                self.plot.layout = figure.layout
-                self.plot.add_traces(list(figure.data))
-                for trace in self.plot.data:
-                    if hasattr(trace, "base") or trace.type == "scatter":
-                        trace.on_click(self.clicked)
-        # A page that is still loading plotly's code drops the messages above and starts from this.
-        self.plot._widget_data = deepcopy(self.plot._data)
-        self.plot._widget_layout = deepcopy(self.plot._layout)
         self.text.value = f'<div class="hl">{text}</div>'
+        plot = self.plot
+        if plot is None or _parts(plot) != _parts(figure):
+            return self._put(figure)
+        with plot.batch_update():
+            for shown, new in zip(plot.data, figure.data, strict=True):
+                shown.update(new.to_plotly_json(), overwrite=True)
+            plot.layout.update(figure.layout.to_plotly_json(), overwrite=True)
+        # A page that is still loading plotly's code drops these messages and starts from this.
+        plot._widget_data, plot._widget_layout = deepcopy(plot._data), deepcopy(plot._layout)
+
+    def _put(self, figure: go.Figure | None) -> None:
+        """Show a picture of another kind (the page could not take the old one's parts away)."""
+        old, self.plot = self.plot, None
+        if figure is not None:
+            self.plot = plot = go.FigureWidget(figure)
+            # A page first draws 700 px wide, and reports it; then it can take the width there is.
+            plot.observe(lambda _: plot.update_layout(autosize=True), "_js2py_traceDeltas")
+            for trace in plot.data:
+                if trace.type in ("bar", "scatter"):
+                    trace.on_click(self.clicked)
+        self.frame.children = [] if self.plot is None else [self.plot]
+        if old is not None:
+            old.close()
 
     def clicked(self, trace: Any, points: Any, _: Any) -> None:
         """A click on the picture; means nothing unless an inspector says otherwise."""

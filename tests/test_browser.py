@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from recorded import make_run
 
-from hiper_lab.widgets import CreditExplorer
+from hiper_lab.widgets import CreditExplorer, RunComparer
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip, extra dev)")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -29,9 +29,10 @@ pytestmark = [
     ),
 ]
 CELLS = [
-    "from hiper_lab.widgets import CreditExplorer, TrajectoryInspector",
+    "from hiper_lab.widgets import CreditExplorer, RunComparer, TrajectoryInspector",
     "TrajectoryInspector('demo')",
     "explorer = CreditExplorer('demo')\nexplorer.goto('0003:0')\nexplorer",
+    "RunComparer(['demo'])",
 ]
 
 
@@ -84,7 +85,7 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--window-size=1280,2700", "--hide-scrollbars"):  # fmt: skip
+                 "--window-size=1280,3400", "--hide-scrollbars"):  # fmt: skip
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(executable_path=DRIVER))
     driver.set_script_timeout(120)
@@ -113,7 +114,7 @@ def until(browser, script: str, *arguments):
 READY = """
     const session = window.jupyterapp?.shell.currentWidget?.context?.sessionContext.session;
     return session?.kernel?.connectionStatus == 'connected' && session.kernel.status == 'idle'
-        && document.querySelectorAll('.jp-Cell').length > 2"""
+        && document.querySelectorAll('.jp-Cell').length > 3"""
 RUN = "return jupyterapp.commands.execute(arguments[0], arguments[1] || {}).then(() => true)"
 PLOTS = "const plots = document.querySelectorAll('.jp-OutputArea .js-plotly-plot');"
 # the largest bar of the low level in a plot, and its turn
@@ -139,7 +140,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, browser):
     until(browser, READY)
     browser.execute_script(RUN, "application:toggle-left-area")
     browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
-    until(browser, PLOTS + "return plots.length == 2 && plots[1].querySelector('.bars .point')")
+    until(browser, PLOTS + "return plots.length == 3 && plots[1].querySelector('.bars .point')")
     until(browser, PLOTS + "return [...plots].every(p => p._fullLayout.width > 1000)")  # of 1280
     # what was chosen before the page had loaded plotly's code is what it shows
     assert "demo/3/0003:0" in browser.execute_script(SHOWN.format(2))
@@ -177,6 +178,20 @@ def test_sliders_and_clicks_in_jupyterlab(lab, browser):
     until(browser, SHOWN.format(2) + f".includes('{said}')")
     assert f"{expected[turn]:.4f} = " in browser.execute_script(SHOWN.format(2))
 
+    # another view is another kind of picture in the same plot
+    click = "return [...document.querySelectorAll('button')].find(b => b.innerText == arguments[0])"
+    for view, kinds in (("failures", ["heatmap"]), ("subgoals", ["scatter"])):
+        until(browser, click, view).click()
+        shown = PLOTS + "return plots[2]?.data?.map(t => t.type).join() == arguments[0]"
+        until(browser, shown, ",".join(kinds))
+        if view == "failures":
+            compared = RunComparer([folder / "demo"])
+            compared.view.value = view
+            cells = browser.execute_script(PLOTS + "return plots[2].data[0].z.map(r => [...r])")
+            assert cells == [pytest.approx(list(row)) for row in compared.figure().data[0].z]
+        title = browser.execute_script(PLOTS + "return plots[2].layout.title?.text")
+        assert title == {"failures": "how episodes went, share of all"}.get(view)
+
     # nothing came from elsewhere
     loaded = "return performance.getEntriesByType('resource').map(e => e.name)"
     here = (address.split("/lab/")[0], "data:", "blob:")
@@ -189,7 +204,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, browser):
         time.sleep(1)  # its style sheet
         browser.save_screenshot(str(artefacts() / f"jupyterlab_{theme.lower()}.png"))
 
-    # saved, the two inspectors add little: digests, no widget state
+    # saved, the inspectors add little: digests, no widget state
     browser.execute_script(RUN, "docmanager:save")
     file = folder / "inspect.ipynb"
     saved = nbformat.read(file, as_version=4)
