@@ -586,7 +586,7 @@ class RunComparer(_Inspector):
             "learning curves": self._curves, "task types": self._tasks, "failures": self._failures,
             "subgoals": self._subgoals, "same task": self._same_task,
         }  # fmt: skip
-        self.view = ui.ToggleButtons(options=list(self.views), style={"button_width": "120px"})
+        self.view = ui.ToggleButtons(options=list(self.views), style={"button_width": "140px"})
         self.smooth = ui.IntSlider(description="smooth", value=1, min=1, max=20, layout=FIELD)
         self.game = ui.Dropdown(description="task", layout={"width": "480px"})
         super().__init__([self.view], [self.smooth, self.game])
