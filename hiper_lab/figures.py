@@ -210,7 +210,7 @@ def credit_comparison(
         figure.update_yaxes(title_text=_text(title, 28), row=row)
         if row < 4:
             figure.update_yaxes(range=[-limit, limit], row=row)
-    return figure.update_layout(xaxis4_title="turn", height=640, template="hiper_lab")
+    return figure.update_layout(xaxis4_title="turn", height=720, template="hiper_lab")
 
 
 def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:

@@ -91,7 +91,7 @@ def token_strip(tokens: pd.DataFrame, by: str = "role") -> str:
                  if not math.isnan(x)]  # fmt: skip
         hover = ", ".join([role, *known] if chosen else [role, "not a choice"])
         style = f"background:{background(role, logprob, advantage)};border-radius:3px"
-        style += "" if chosen else ";opacity:.55"
+        style += "" if chosen else ";opacity:.7"
         text = html.escape(piece, quote=False)
         spans.append(f'<span title="{hover}" style="{style}">{text}</span>')
     return f'<div style="{MONO}">{"".join(spans)}</div>'

@@ -19,6 +19,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -37,7 +38,7 @@ from hiper_lab.records import FAILURES, Rollouts
 from hiper_lab.trajectory import Trajectory, to_grid, to_values, turn_frame
 
 Source = Rollouts | Path | str | Iterable[Trajectory]
-SLIM, WIDE = {"width": "270px"}, {"width": "320px"}
+FIELD = {"width": "270px"}
 
 
 def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str, str]]) -> None:
@@ -47,14 +48,20 @@ def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str
     control.value = keep if keep in values else next(iter(values), None)
 
 
+def _parts(figure: go.Figure) -> tuple[list[str], set[str]]:
+    """Kinds of traces and what the layout has: what two pictures must share to be one plot."""
+    return [trace.type for trace in figure.data], set(figure.layout.to_plotly_json()) - {"autosize"}
+
+
 class _Inspector(ui.VBox):
     """What all inspectors share: one figure kept up to date, a digest, and the static twin."""
 
     def __init__(self, *rows: Iterable[ui.Widget]):
         self._muted = False
-        self.plot, self.text = go.FigureWidget(), ui.HTML()
+        self.plot: go.FigureWidget | None = None
+        self.frame, self.text = ui.VBox(), ui.HTML()
         above = [ui.HBox(list(row), layout={"flex_flow": "row wrap"}) for row in rows]
-        super().__init__([ui.HTML(pages.STYLE), *above, self.plot, self.text])
+        super().__init__([ui.HTML(pages.STYLE), *above, self.frame, self.text])
         self.add_class("hl")
 
     def figure(self) -> go.Figure:
@@ -92,21 +99,33 @@ class _Inspector(ui.VBox):
         try:
             figure, text = self.figure(), self.details()
         except ValueError as error:
-            self.plot.data, self.text.value = (), f"<b>{escape(str(error))}</b>"
+            self._put(None)
+            self.text.value = f"<b>{escape(str(error))}</b>"
             return
-        with self.plot.batch_update():
-            if [t.type for t in self.plot.data] == [t.type for t in figure.data]:
-                for shown, new in zip(self.plot.data, figure.data, strict=True):
-                    shown.update(new.to_plotly_json(), overwrite=True)
-                self.plot.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-            else:
-                self.plot.data = ()
-                self.plot.layout = figure.layout
-                self.plot.add_traces(list(figure.data))
-                for trace in self.plot.data:
-                    if hasattr(trace, "base") or trace.type == "scatter":
-                        trace.on_click(self.clicked)
         self.text.value = f'<div class="hl">{text}</div>'
+        plot = self.plot
+        if plot is None or _parts(plot) != _parts(figure):
+            return self._put(figure)
+        with plot.batch_update():
+            for shown, new in zip(plot.data, figure.data, strict=True):
+                shown.update(new.to_plotly_json(), overwrite=True)
+            plot.layout.update(figure.layout.to_plotly_json(), overwrite=True)
+        # A page that is still loading plotly's code drops these messages and starts from this.
+        plot._widget_data, plot._widget_layout = deepcopy(plot._data), deepcopy(plot._layout)
+
+    def _put(self, figure: go.Figure | None) -> None:
+        """Show a picture of another kind (the page could not take the old one's parts away)."""
+        old, self.plot = self.plot, None
+        if figure is not None:
+            self.plot = plot = go.FigureWidget(figure)
+            # A page first draws 700 px wide, and reports it; then it can take the width there is.
+            plot.observe(lambda _: plot.update_layout(autosize=True), "_js2py_traceDeltas")
+            for trace in plot.data:
+                if trace.type in ("bar", "scatter"):
+                    trace.on_click(self.clicked)
+        self.frame.children = [] if self.plot is None else [self.plot]
+        if old is not None:
+            old.close()
 
     def clicked(self, trace: Any, points: Any, _: Any) -> None:
         """A click on the picture; means nothing unless an inspector says otherwise."""
@@ -138,7 +157,7 @@ class _OfTurns(_Inspector):
         newest = max(self.rollouts)
         self.iteration = ui.SelectionSlider(
             options=sorted(self.rollouts), value=newest, description="iteration",
-            continuous_update=False, layout=WIDE,
+            continuous_update=False, layout=FIELD,
         )  # fmt: skip
         self.listing = ui.Select(rows=7, layout={"width": "98%"})
         self.turn = ui.IntSlider(description="turn", max=0, layout={"width": "420px"})
@@ -174,7 +193,7 @@ class _OfTurns(_Inspector):
             ValueError: If there is no such trajectory or turn.
         """
         found = re.fullmatch(r"(?:(?:(.*)/)?(\d+)/)?([^/:]+)(?::(\d+))?", address.strip())
-        if not found or (found[1] or self.rollouts.name) != self.rollouts.name:
+        if not found or Path(found[1] or self.rollouts.name).name != self.rollouts.name:
             expected = f"{self.rollouts.name}/ITERATION/TRAJECTORY:TURN"
             raise ValueError(f"address is {address!r}, expected {expected}")
         iteration, turn = int(found[2] or self.selection[0]), int(found[4] or 0)
@@ -234,20 +253,20 @@ class TrajectoryInspector(_OfTurns):
     """
 
     def __init__(self, source: Source):
-        self.task = ui.Dropdown(options=["all"], description="task type", layout=SLIM)
-        self.outcome = ui.Dropdown(options=["all"], description="outcome", layout=SLIM)
+        self.task = ui.Dropdown(options=["all"], description="task type", layout=FIELD)
+        self.outcome = ui.Dropdown(options=["all"], description="outcome", layout=FIELD)
         self.turns = ui.IntRangeSlider(
-            description="turns", min=1, max=100, value=(1, 100), layout=WIDE
+            description="turns", min=1, max=100, value=(1, 100), layout=FIELD
         )
         self.switching = ui.FloatRangeSlider(
-            description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=WIDE
+            description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=FIELD
         )
         self.search = ui.Text(
             description="search", placeholder="in task, subgoal, action, observation",
-            continuous_update=False, layout=WIDE,
+            continuous_update=False, layout=FIELD,
         )  # fmt: skip
         columns = ["trajectory", "return", "turns", "switch_rate", "failure", "task"]
-        self.sort = ui.Dropdown(options=columns, description="sort by", layout=SLIM)
+        self.sort = ui.Dropdown(options=columns, description="sort by", layout=FIELD)
         self.color = ui.ToggleButtons(
             options=["role", "advantage", "logprob"], style={"button_width": "90px"}
         )
@@ -360,22 +379,22 @@ class CreditExplorer(_OfTurns):
             trained = CreditConfig(**rollouts.config["credit"])
             self.presets = {"as trained": trained} | self.presets
         names = list(self.presets)
-        self.preset = ui.Dropdown(options=names, description="left", layout=SLIM)
-        self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=SLIM)
+        self.preset = ui.Dropdown(options=names, description="left", layout=FIELD)
+        self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=FIELD)
         self.right = ui.Dropdown(
-            options=[*names, UNFLIPPED], value="paper", description="right", layout=SLIM
+            options=[*names, UNFLIPPED], value="paper", description="right", layout=FIELD
         )
         self.sliders = {
             name: ui.FloatSlider(
                 min=0.5 if name == "gamma" else 0.0, max=1.0, step=0.005, description=label,
-                readout_format=".3f", layout=SLIM,
+                readout_format=".3f", layout=FIELD,
             )
             for name, label in SLIDERS.items()
         }  # fmt: skip
         self.level = ui.ToggleButtons(
             options=[(NAMES[level], level) for level in COLORS], style={"button_width": "115px"}
         )
-        self.flip = ui.Button(description="flip KEEP/SWITCH", icon="exchange")
+        self.flip = ui.Button(description="flip", icon="exchange", tooltip="KEEP to SWITCH or back")
         self.undo = ui.Button(description="undo flips", icon="undo")
         self.flips: set[tuple[str, int]] = set()
         self._set_sliders()
@@ -567,8 +586,8 @@ class RunComparer(_Inspector):
             "learning curves": self._curves, "task types": self._tasks, "failures": self._failures,
             "subgoals": self._subgoals, "same task": self._same_task,
         }  # fmt: skip
-        self.view = ui.ToggleButtons(options=list(self.views), style={"button_width": "120px"})
-        self.smooth = ui.IntSlider(description="smooth", value=1, min=1, max=20, layout=WIDE)
+        self.view = ui.ToggleButtons(options=list(self.views), style={"button_width": "140px"})
+        self.smooth = ui.IntSlider(description="smooth", value=1, min=1, max=20, layout=FIELD)
         self.game = ui.Dropdown(description="task", layout={"width": "480px"})
         super().__init__([self.view], [self.smooth, self.game])
         self._on([self.view, self.smooth, self.game], self.render)

@@ -323,3 +323,105 @@ def test_a_failed_write_leaves_the_old_file(turns, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(credit_per_subgoal(turns), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ----------------------------------------------------------------------- what the inspectors show
+
+
+def test_the_selected_turn_is_marked_and_the_end_is_told(turns):
+    figure = timeline(turns.assign(end="turn_limit"), selected=1)
+    (band,) = figure.layout.shapes
+    assert (band.x0, band.x1, band.yref) == (0.5, 1.5, "paper")
+    assert figure.layout.annotations[0].text == "ended: turn limit"
+    assert not timeline(turns).layout.shapes
+
+
+def test_two_estimators_share_a_scale_and_their_difference_is_shown(turns):
+    other = turns.assign(advantage_low=[0.4, 0.0, -0.8], advantage_high=[NAN, 0.25, -0.5])
+    figure = figures.credit_comparison(turns, other, ("ours", "theirs"), selected=2)
+    rows = {row: figure.layout[f"yaxis{row}"] for row in (2, 3, 4)}
+    assert [axis.title.text for axis in rows.values()] == ["ours", "theirs", "difference"]
+    assert rows[2].range == rows[3].range and rows[2].range[1] > 0.8  # the largest of both
+    low = [t for t in figure.data if t.name == "action (low)"]
+    assert same(low[0].y, [-0.1, 0.0, 0.1]) and same(low[1].y, [0.4, 0.0, -0.8])
+    np.testing.assert_allclose(low[2].y, [0.5, 0.0, -0.9])
+    high = [t for t in figure.data if t.name == "subgoal (high)"]
+    np.testing.assert_allclose(high[2].y, [-0.5, 0.25, 0.0])  # no credit counts as none
+    assert {t.marker.color for t in low} == {COLORS["low"]}
+    with pytest.raises(ValueError, match="3 turns and 2 turns, expected the same"):
+        figures.credit_comparison(turns, other.iloc[:2], ("a", "b"))
+
+
+def test_one_lane_per_trajectory_of_a_task(turns):
+    lanes = pd.concat([turns.assign(lane=f"run/{i}/0001", end="won") for i in range(3)])
+    figure = figures.side_by_side(lanes)
+    assert figure.layout.yaxis.ticktext == ("run/0/0001", "run/1/0001", "run/2/0001")
+    bars = [t for t in figure.data if t.type == "bar"]
+    assert [list(t.y) for t in bars] == [[0, 0], [-1, -1], [-2, -2]]
+    assert all(same(t.base, [-0.5, 1.5]) for t in bars) and len(figure.layout.annotations) == 3
+    assert "2 of 3 trajectories" in figures.side_by_side(lanes, limit=2).layout.xaxis.title.text
+
+
+def test_learning_curves_average_seeds_and_smooth_each_first():
+    metrics = pd.DataFrame({
+        "run": ["a"] * 6 + ["b"] * 2, "seed": [0, 0, 0, 1, 1, 1, 0, 0],
+        "iteration": [1, 2, 3, 1, 2, 3, 1, 2],
+        "rollout/success": [0.0, 0.2, 0.4, 0.2, 0.4, 0.6, 0.5, 0.7],
+        "plan/switch_rate": [NAN] * 8,
+    })  # fmt: skip
+    figure = figures.learning_curves(metrics)
+    curves = {t.name: t for t in figure.data if t.name}
+    np.testing.assert_allclose(curves["a"].y, [0.1, 0.3, 0.5])
+    np.testing.assert_allclose(curves["b"].y, [0.5, 0.7])
+    bands = [t for t in figure.data if not t.name]
+    np.testing.assert_allclose(np.array(bands[0].y)[:3] - [0.1, 0.3, 0.5], 12.706 * 0.1)
+    assert len(bands[1].x) == 0  # one seed has no interval
+    assert [a.text for a in figure.layout.annotations] == ["rollout/success"]
+    smooth = figures.learning_curves(metrics, smooth=2)
+    curves = {t.name: t for t in smooth.data if t.name}
+    np.testing.assert_allclose(curves["a"].y, [0.1, 0.2, 0.4])
+    assert {t.line.color for t in figure.data if t.name} & set(COLORS.values()) == set()
+    with pytest.raises(ValueError, match="none of the metrics"):
+        figures.learning_curves(metrics, columns=("plan/switch_rate",))
+
+
+@pytest.mark.parametrize("n", [2, 5, 11, 12, 20, 40])
+def test_students_quantile(n):
+    """Against the distribution itself, integrated."""
+    v, t = n - 1, figures._student(n)
+    x = np.linspace(0, t, 200_001)
+    density = (1 + x**2 / v) ** (-(v + 1) / 2)
+    tail = np.linspace(0, 4000, 4_000_001)
+    whole = np.trapezoid((1 + tail**2 / v) ** (-(v + 1) / 2), tail)
+    assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=4e-4)
+
+
+def test_shares_are_laid_out_by_kind_and_iteration():
+    shares = pd.DataFrame({
+        "run": list("aaab"), "iteration": [1, 1, 2, 1], "kind": ["won", "loop", "won", "won"],
+        "share": [0.75, 0.25, 1.0, 0.5], "n": [4, 4, 3, 2],
+    })  # fmt: skip
+    first, second = figures.share_map(shares, "what").data
+    assert first.y == ("loop", "won") and first.x == ("1", "2")  # the first kind is on top
+    assert same(first.z, [[0.25, NAN], [0.75, 1.0]]) and same(first.customdata, [[4, NAN], [4, 3]])
+    assert same(second.z, [[NAN], [0.5]]) and (first.zmin, first.zmax) == (0, 1)
+
+
+def test_the_vocabulary_shows_share_credit_and_success():
+    segments = pd.DataFrame({
+        "iteration": [1, 1, 1, 1, 2, 2], "subgoal": ["a", "a", "b", "c", "a", "b"],
+        "advantage_high": [0.5, 0.3, -0.8, 0.1, NAN, 0.2],
+        "success": [True, False, False, True, True, True],
+    })  # fmt: skip
+    (dots,) = figures.subgoal_history(segments, limit=2).data
+    assert len(dots.x) == 4  # c is not among the two most frequent
+    seen = dict(zip(zip(dots.x, dots.y, strict=True), dots.marker.size, strict=True))
+    assert seen == {(1, 1): 0.5, (1, 0): 0.25, (2, 1): 0.5, (2, 0): 0.5}  # of all four segments
+    assert same(dots.marker.color, [0.4, -0.8, NAN, 0.2]) and dots.marker.cmax == 0.8
+    assert "2 segments (50.0%), won 50%<br>credit 0.4000" in dots.customdata[0]
+
+
+@pytest.mark.parametrize("color", figures.RUNS)
+@pytest.mark.parametrize("background", ["#ffffff", "#111111"])
+def test_runs_are_legible_in_light_and_dark(color, background):
+    test_every_ink_is_legible_in_light_and_dark(color, background)
