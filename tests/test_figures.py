@@ -385,17 +385,6 @@ def test_learning_curves_average_seeds_and_smooth_each_first():
         figures.learning_curves(metrics, columns=("plan/switch_rate",))
 
 
-@pytest.mark.parametrize("n", [2, 5, 11, 12, 20, 40])
-def test_students_quantile(n):
-    """Against the distribution itself, integrated."""
-    v, t = n - 1, figures._student(n)
-    x = np.linspace(0, t, 200_001)
-    density = (1 + x**2 / v) ** (-(v + 1) / 2)
-    tail = np.linspace(0, 4000, 4_000_001)
-    whole = np.trapezoid((1 + tail**2 / v) ** (-(v + 1) / 2), tail)
-    assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=4e-4)
-
-
 def test_shares_are_laid_out_by_kind_and_iteration():
     shares = pd.DataFrame({
         "run": list("aaab"), "iteration": [1, 1, 2, 1], "kind": ["won", "loop", "won", "won"],

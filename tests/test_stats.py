@@ -171,3 +171,14 @@ def test_only_numpy_is_imported():
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
     names += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
     assert {name.split(".")[0] for name in names} == {"math", "collections", "typing", "numpy"}
+
+
+@pytest.mark.parametrize("n", [2, 5, 11, 12, 20, 40])
+def test_students_quantile(n):
+    """Against the distribution itself, integrated."""
+    v, t = n - 1, stats.student(n)
+    x = np.linspace(0, t, 200_001)
+    density = (1 + x**2 / v) ** (-(v + 1) / 2)
+    tail = np.linspace(0, 4000, 4_000_001)
+    whole = np.trapezoid((1 + tail**2 / v) ** (-(v + 1) / 2), tail)
+    assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=4e-4)
