@@ -177,7 +177,8 @@ class CreditConfig:
     """Weight of the comparison per state in `gigpo`, at least 0."""
     anchor_similarity: float = 1.0
     """How alike two observations must be to count as one state in `gigpo`: difflib's ratio, in
-    (0, 1]; 1 is equality. Read where states get their numbers, by `credit_table`."""
+    (0, 1]; 1 is equality. Read where states get their numbers: by `credit_table` and in
+    training."""
 
     def __post_init__(self) -> None:
         for name, (accepts, expected) in _NUMBERS.items():

@@ -15,7 +15,7 @@ import threading
 import time
 import types
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def launch(
         text = json.dumps(manifest(config), indent=1) + "\n"
         write_atomic(folder / "manifest.json", text.encode())
     executed = folder / notebook.name
-    with _progress(folder, config.iterations, bar):
+    with _progress(folder, config.iterations) if bar else nullcontext():
         execute(notebook, executed, {**parameters, "run_folder": str(folder)})
     return executed
 
@@ -195,15 +195,15 @@ class _LocalKernel(AsyncKernelManager):
 
 
 @contextmanager
-def _progress(folder: Path, iterations: int, bar: bool):
+def _progress(folder: Path, iterations: int):
     """A progress bar that follows metrics.jsonl while another process writes it."""
     over = threading.Event()
 
     def follow() -> None:
-        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as drawn:
+        with tqdm(total=iterations, desc=str(folder), unit="it", smoothing=0.1) as bar:
             while not over.wait(0.5):
-                show(drawn)
-            show(drawn)
+                show(bar)
+            show(bar)
 
     def show(bar: tqdm) -> None:
         try:
@@ -221,7 +221,7 @@ def _progress(folder: Path, iterations: int, bar: bool):
             latest = metrics["rollout/success"].tail(5).mean()
             bar.set_postfix_str(f"training success {latest:.0%}", refresh=False)
 
-    thread = threading.Thread(target=follow if bar else over.wait, daemon=True)
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield

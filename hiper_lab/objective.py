@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hiper_lab.credit import Credit, Values
-from hiper_lab.policy import LEVELS, Policy, Scores, scores
+from hiper_lab.credit import LEVELS, Credit, Values
+from hiper_lab.policy import Policy, Scores, scores
 from hiper_lab.protocol import KEEP, Role
 from hiper_lab.sampling import Codec, allowed_mask, allowed_sets
 from hiper_lab.trajectory import Trajectory, Turn, boundaries

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 CRITICS = ("shared", "adapter", "separate")
-LEVELS = ("high", "low", "switch")
 TINY = "tiny"
 SMOLLM = "smollm"
 

@@ -28,14 +28,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hiper_lab import objective, trajectory
-from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate
+from hiper_lab.credit import LEVELS, Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
 from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
-from hiper_lab.policy import CRITICS, LEVELS, Policy, load_model
+from hiper_lab.policy import CRITICS, Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
 from hiper_lab.sampling import Codec, hf_sampler
 from hiper_lab.trajectory import Trajectory
@@ -396,7 +396,7 @@ def step(state: State) -> StepReport:
     samples = objective.pack(
         trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
     )
-    grid = trajectory.to_grid(trajectories)
+    grid = trajectory.to_grid(trajectories, config.credit.anchor_similarity)
     grid = grid._replace(reward=grid.reward * config.reward_scale)
     values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
     if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":

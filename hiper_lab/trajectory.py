@@ -139,8 +139,8 @@ def to_grid(trajectories: list[Trajectory], anchor_similarity: float = 1.0) -> T
 
     turns = [t.turns for t in trajectories]
     length = torch.tensor([len(row) for row in turns])
-    games = list(dict.fromkeys(t.game for t in trajectories))
-    group = torch.tensor([games.index(t.game) for t in trajectories])
+    number: dict[str, int] = {}
+    group = torch.tensor([number.setdefault(t.game, len(number)) for t in trajectories])
     state = anchor_states(
         [turn.observation for row in turns for turn in row],
         group.repeat_interleave(length).tolist(),

@@ -5,9 +5,9 @@ import torch
 from test_sampling import make_policy, play
 
 from hiper_lab import objective, trajectory
-from hiper_lab.credit import Credit, CreditConfig, Values, estimate
+from hiper_lab.credit import LEVELS, Credit, CreditConfig, Values, estimate
 from hiper_lab.objective import Batch, PPOConfig
-from hiper_lab.policy import LEVELS, Scores
+from hiper_lab.policy import Scores
 from hiper_lab.protocol import Role
 
 

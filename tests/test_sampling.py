@@ -8,9 +8,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from hiper_lab import objective
+from hiper_lab.credit import LEVELS
 from hiper_lab.envs.games import generate_game
 from hiper_lab.envs.household import HouseholdEnv
-from hiper_lab.policy import LEVELS, Policy, load_model, scores
+from hiper_lab.policy import Policy, load_model, scores
 from hiper_lab.protocol import KEEP, SKELETON, Role, parse
 from hiper_lab.rollout import RolloutConfig, collect
 from hiper_lab.sampling import Codec, Draft, Prompt, allowed_sets, free, guided, hf_sampler

@@ -150,6 +150,15 @@ def test_groups_play_one_game_and_only_a_game_that_varies_teaches():
     returns = torch.tensor([t.return_ for t in report.trajectories]).reshape(2, 2)
     varies = returns[:, 0] != returns[:, 1]
     assert torch.equal(report.credit.low.reshape(2, 2, -1).abs().sum((1, 2)) > 0, varies)
+
+    def states(similarity):
+        like = small(
+            estimator="gigpo", group_size=2, warmup_iterations=0, eval_games=0,
+            anchor_similarity=similarity,
+        )  # fmt: skip
+        return next(r for r in train.train(like) if r.trajectories).grid.state.max()
+
+    assert states(0.2) < states(1.0)  # the parameter reaches the trainer
     with pytest.raises(ValueError, match="group_size is 1, expected at least 2"):
         small(estimator="gigpo")
     with pytest.raises(ValueError, match="episodes is 4, expected a multiple of group_size 3"):

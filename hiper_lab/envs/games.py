@@ -530,13 +530,12 @@ class Expert:
         """Read what ``reset`` or ``step`` returned; choose (switch, subgoal, action).
 
         Call it exactly once a turn. ``switch`` says that the subgoal is not the last turn's.
-        ``intended`` is then the (subgoal, action) it would have chosen without a mistake.
         """
         if observation.startswith("-= Welcome"):
             self._forget()
         self._remember(observation)
         rng, admissible = self._rng, info["admissible"]
-        subgoal, action = self.intended = self._intend(admissible)
+        subgoal, action = self._intend(admissible)
         if rng.random() < self._mistake_rate:
             idle = ("help", "look", "inventory", "examine") if rng.random() < 0.5 else ()
             action = rng.choice([c for c in admissible if not c.startswith(idle)])
