@@ -662,6 +662,10 @@ class RunFolder:
         ours = json.loads(json.dumps(asdict(config)))
         if file.exists():
             theirs = json.loads(file.read_text())
+            # what the code that began the run did not know, it did as is the default
+            for name, value in json.loads(json.dumps(asdict(TrainConfig()))).items():
+                seen = theirs.setdefault(name, value)
+                theirs[name] = value | seen if isinstance(value, dict) else seen
             changed = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             if changed:
                 raise ValueError(

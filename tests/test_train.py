@@ -103,6 +103,13 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_configuration(tmp_path):
     list(train.train(small(iterations=0), tmp_path))
+    file = tmp_path / "config.json"
+    older = json.loads(file.read_text())
+    del older["env_horizon"], older["credit"]["lam_boundary"]  # begun before there were such fields
+    file.write_text(json.dumps(older))
+    RunFolder(tmp_path, small(iterations=0))
+    with pytest.raises(ValueError, match="another credit; use another folder"):
+        RunFolder(tmp_path, small(iterations=0, lam_boundary=0.5))
     with pytest.raises(ValueError, match="another lr, seed; use another folder"):
         next(train.train(small(iterations=0, seed=4, lr=1e-3), tmp_path))
 
