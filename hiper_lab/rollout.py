@@ -12,7 +12,16 @@ from typing import Any
 from hiper_lab import protocol
 from hiper_lab.envs.base import TextEnv
 from hiper_lab.envs.pool import reset_all, step_all
-from hiper_lab.sampling import DECODERS, DECODINGS, Codec, Draft, Prompt, Sampler
+from hiper_lab.sampling import (
+    DECODERS,
+    DECODINGS,
+    Codec,
+    Decoder,
+    Draft,
+    Prompt,
+    Sampler,
+    decided,
+)
 from hiper_lab.trajectory import EndReason, Trajectory, Turn
 
 
@@ -47,18 +56,20 @@ class RolloutConfig:
 
 
 @dataclass
-class _Episode:
-    """An episode in progress."""
+class Episode:
+    """An episode in progress: its world, what the agent sees now, and what it has written."""
 
     env: TextEnv
-    task: str
-    task_type: str
+    game: str
+    seed: int
     observation: str
-    admissible: list[str]
-    prompt: Prompt | None = None
+    info: dict[str, Any]
     subgoal: str = ""
-    turns: list[Turn] = field(default_factory=list)
     history: list[tuple[str, str]] = field(default_factory=list)
+    decided: Sequence[int] = ()
+    """The first choices of the first turn, where they are made already."""
+    prompt: Prompt | None = None
+    turns: list[Turn] = field(default_factory=list)
     end: EndReason | None = None
     detail: str = ""
 
@@ -85,24 +96,30 @@ def collect(
     Raises:
         ValueError: If an episode's very first prompt is longer than ``max_prompt_tokens``.
     """
-    episodes = []
     starts = reset_all(envs, seeds)
-    for env, (observation, info) in zip(envs, starts, strict=True):
-        told = info["task"], info.get("task_type", ""), observation, info["admissible"]
-        episodes.append(_Episode(env, *told))
-        _render(episodes[-1], codec, config)
-        if episodes[-1].end:
+    return play(sampler, codec, [
+        Episode(env, name, seed, *start)
+        for env, name, seed, start in zip(envs, names, seeds, starts, strict=True)
+    ], config)  # fmt: skip
+
+
+def play(
+    sampler: Sampler, codec: Codec, episodes: list[Episode], config: RolloutConfig
+) -> list[Trajectory]:
+    """Play episodes to their ends, from wherever they are, all in lock step; see `collect`."""
+    for episode in episodes:
+        _render(episode, codec, config)
+        if episode.end:
             raise ValueError(
-                f"the first prompt has {len(episodes[-1].prompt.ids)} tokens, more than "
+                f"the first prompt has {len(episode.prompt.ids)} tokens, more than "
                 f"max_prompt_tokens={config.max_prompt_tokens}; raise it or use a shorter template"
             )
     running = list(episodes)
     while running:
         drafts = [Draft() for _ in running]
-        decode = DECODERS[config.decoding]
         decoders = [
-            decode(codec, draft, e.subgoal, e.admissible, config.max_new_tokens)
-            for draft, e in zip(drafts, running, strict=True)
+            _decoder(episode, codec, draft, config)
+            for draft, episode in zip(drafts, running, strict=True)
         ]
         responses = sampler([e.prompt for e in running], drafts, decoders)
         # one broken environment must not take the batch with it: its answer is an exception
@@ -115,20 +132,27 @@ def collect(
         running = [e for e in running if e.end is None]
     return [
         Trajectory(
-            id=f"{k:04d}", task=e.task, game=name, seed=seed, turns=e.turns, end=e.end,
+            id=f"{k:04d}", task=e.info["task"], game=e.game, seed=e.seed, turns=e.turns, end=e.end,
             final_observation=e.observation, final_prompt_ids=e.prompt.ids, detail=e.detail,
-            task_type=e.task_type,
+            task_type=e.info.get("task_type", ""),
         )
-        for k, (e, name, seed) in enumerate(zip(episodes, names, seeds, strict=True))
+        for k, e in enumerate(episodes)
     ]  # fmt: skip
 
 
+def _decoder(episode: Episode, codec: Codec, draft: Draft, config: RolloutConfig) -> Decoder:
+    decoder = DECODERS[config.decoding](
+        codec, draft, episode.subgoal, episode.info["admissible"], config.max_new_tokens
+    )
+    return decided(decoder, () if episode.turns else episode.decided)
+
+
 def _record(
-    episode: _Episode, codec: Codec, draft: Draft, response: protocol.Response, answer: Any
+    episode: Episode, codec: Codec, draft: Draft, response: protocol.Response, answer: Any
 ) -> None:
     """Write down the turn and what the environment answered."""
     turn = Turn(
-        observation=episode.observation, admissible=episode.admissible,
+        observation=episode.observation, admissible=episode.info["admissible"],
         prompt_ids=episode.prompt.ids, response_ids=draft.ids, roles=draft.roles,
         logprobs=[round(x, 6) for x in draft.logprobs], chosen=draft.chosen,
         response=codec.decode(draft.ids), switch=response.switch, subgoal=response.subgoal,
@@ -141,19 +165,19 @@ def _record(
     if isinstance(answer, Exception):
         episode.end, episode.detail = EndReason.ERROR, f"{type(answer).__name__}: {answer}"
         return
-    seen, turn.reward, terminated, truncated, info = answer
-    episode.observation, episode.admissible = seen, info["admissible"]
+    episode.observation, turn.reward, terminated, truncated, episode.info = answer
     if terminated:
-        episode.end = EndReason.WON if info["won"] else EndReason.LOST
+        episode.end = EndReason.WON if episode.info["won"] else EndReason.LOST
     elif truncated:
         episode.end = EndReason.TURN_LIMIT
 
 
-def _render(episode: _Episode, codec: Codec, config: RolloutConfig) -> None:
+def _render(episode: Episode, codec: Codec, config: RolloutConfig) -> None:
     """The prompt of the next turn; also after the last one, for bootstrapping."""
     context = protocol.Context(
-        episode.task, episode.observation, episode.admissible, episode.subgoal, episode.history
-    )
+        episode.info["task"], episode.observation, episode.info["admissible"], episode.subgoal,
+        episode.history,
+    )  # fmt: skip
     episode.prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
     if episode.end is None and len(episode.prompt.ids) > config.max_prompt_tokens:
         episode.end = EndReason.TOKEN_LIMIT

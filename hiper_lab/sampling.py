@@ -217,6 +217,30 @@ def free(
 DECODERS = {"guided": guided, "free": free}
 
 
+def decided(decoder: Decoder, tokens: Sequence[int]) -> Decoder:
+    """The same decoder with its first choices made: it asks for those that are left.
+
+    Example:
+        >>> def two() -> Decoder:
+        ...     first = yield None
+        ...     return (first, (yield None))
+        >>> rest = decided(two(), [7])
+        >>> next(rest) is None  # the second choice
+        True
+        >>> rest.send(8)
+        Traceback (most recent call last):
+        StopIteration: (7, 8)
+    """
+    try:
+        allowed = next(decoder)
+        for token in tokens:
+            allowed = decoder.send(token)
+        while True:
+            allowed = decoder.send((yield allowed))
+    except StopIteration as stop:
+        return stop.value
+
+
 def allowed_sets(
     codec: Codec, turn: Turn, subgoal: str, decoding: str, max_tokens: int
 ) -> list[np.ndarray | None]:

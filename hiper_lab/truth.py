@@ -1,0 +1,262 @@
+"""Ground truth for credit: what a decision was worth, found by playing on from it many times.
+
+A world that can be restored answers what a critic only guesses. From a turn (s; q, g, a) of the
+agent's own play the same policy plays on, ``rollouts`` times each,
+
+    V = E[G | s]   Q_q = E[G | s, q]   Q_g = E[G | s, q, g]   Q_a = E[G | s, q, g, a]
+
+and the true advantages are Q_q − V (switch), Q_g − Q_q (high, where a subgoal was chosen) and
+Q_a − Q_g (low). The same continuations, cut loose from that turn, are what an estimator would have
+seen, so the mean and the variance of its advantage for this very decision are measured too.
+
+Left out on purpose: estimators that compare episodes of a group; free decoding, where a
+decision can not be separated from its spelling.
+
+Source: Monte-Carlo evaluation of decisions as in VinePPO (arXiv:2410.01679, section 4), for all
+three levels of HiPER (arXiv:2602.16165).
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from hiper_lab import objective, trajectory
+from hiper_lab.credit import CreditConfig, estimate
+from hiper_lab.flat import GROUP_RELATIVE
+from hiper_lab.protocol import Role
+from hiper_lab.rollout import Episode, collect, play
+from hiper_lab.sampling import hf_sampler
+from hiper_lab.train import RunFolder, State, TrainConfig, make_envs, set_up
+from hiper_lab.trajectory import Trajectory, Turn, write_atomic
+
+# What is decided within a turn, one after the other.
+DECISIONS = {"switch": Role.SWITCH, "high": Role.SUBGOAL, "low": Role.ACTION}
+
+
+def measure(
+    state: State, estimators: dict[str, CreditConfig], *, turns: int, rollouts: int = 64,
+    draws: int = 32, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """True advantages of ``turns`` turns of the policy's play, and what estimators make of them.
+
+    Args:
+        estimators: By name. All get the rewards, values and continuations of the same draws.
+        turns: Turns to sample, uniformly from one episode each in as many training games.
+        rollouts: Continuations per expectation, for the truth.
+        draws: Further continuations, from which the estimates are made.
+        seed: Of the play and the sampled turns.
+
+    Returns:
+        One row per turn, level and estimator: ``game``, ``turn``, ``level``, ``truth`` (of the
+        decision) and ``error`` (its standard error), ``expects`` (what the estimator would give
+        with exact values: the truth, or for a flat one Q − V), ``mean`` and ``variance`` of its
+        advantage over the ``draws``. Levels where nothing was chosen (the subgoal of a KEEP turn)
+        have no row.
+
+    Raises:
+        ValueError: On free decoding, an estimator that compares episodes of a group, another γ or
+            switch form than the values can serve, or too few rollouts.
+    """
+    config = state.config
+    _check(config, estimators, rollouts, draws)
+    generator = torch.Generator(state.policy.device).manual_seed(seed)
+    sampler = hf_sampler(state.policy, config.rollout.temperature, generator)
+    envs, names = make_envs(config, "train", 0, turns)
+    played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=[seed] * turns)
+    picked = np.random.default_rng(seed)
+    rows = []
+    for k in tqdm(range(turns), desc="truth", unit="turn"):
+        t = int(picked.integers(len(played[k].turns)))
+        turn = played[k].turns[t]
+        # {what was decided last: the choices up to there}
+        decided, choices = {"state": []}, []
+        for level, role in DECISIONS.items():
+            if made := _chosen(turn, role):
+                decided[level] = choices = choices + made
+        size = rollouts + draws
+        count = size * len(decided)
+        copies, _ = make_envs(config, "train", k, count, count)
+        begun = _begin(copies, played[k], t, [x for x in decided.values() for _ in range(size)])
+        rest = play(sampler, state.codec, begun, config.rollout)
+        sets = {level: rest[i * size : (i + 1) * size] for i, level in enumerate(decided)}
+        rows += _compare(state, sets, played[k], t, estimators, rollouts)
+    return pd.DataFrame(rows)
+
+
+def _check(
+    config: TrainConfig, estimators: dict[str, CreditConfig], rollouts: int, draws: int
+) -> None:
+    if config.rollout.decoding != "guided":
+        raise ValueError(f"decoding is {config.rollout.decoding!r}, expected 'guided'")
+    if min(rollouts, draws) < 2:
+        raise ValueError(f"rollouts {rollouts}, draws {draws}: expected at least 2 of each")
+    for name, credit in estimators.items():
+        if credit.estimator in GROUP_RELATIVE:
+            raise ValueError(f"{name}: {credit.estimator} compares episodes, expected one that "
+                             "credits an episode by itself")  # fmt: skip
+        if credit.gamma != config.credit.gamma or credit.switch_advantage == "value":
+            raise ValueError(
+                f"{name}: gamma is {credit.gamma}, switch_advantage {credit.switch_advantage!r}; "
+                f"expected {config.credit.gamma} as in training, and 'return'"
+            )
+
+
+def _chosen(turn: Turn, role: Role) -> list[int]:
+    """The tokens of this role that were a choice, in order."""
+    return [
+        i for i, r, chosen in zip(turn.response_ids, turn.roles, turn.chosen, strict=True)
+        if chosen and r == role
+    ]  # fmt: skip
+
+
+def _begin(envs: list, played: Trajectory, t: int, decided: list[list[int]]) -> list[Episode]:
+    """An episode in the state before turn ``t`` in each environment, with its choices made."""
+    before, now = played.turns[:t], played.turns[t]
+    for env in envs:
+        env.reset(seed=played.seed)
+    for turn in before:
+        envs[0].step(turn.action)
+    here = envs[0].snapshot()
+    return [
+        Episode(
+            env, played.game, played.seed, now.observation, env.restore(here),
+            subgoal=before[-1].subgoal if before else "",
+            history=[(turn.observation, turn.action) for turn in before], decided=choices,
+        )
+        for env, choices in zip(envs, decided, strict=True)
+    ]  # fmt: skip
+
+
+def _compare(
+    state: State, sets: dict[str, list[Trajectory]], played: Trajectory, t: int,
+    estimators: dict[str, CreditConfig], rollouts: int,
+) -> list[dict]:  # fmt: skip
+    """Rows of one turn."""
+    gamma, scale = state.config.credit.gamma, state.config.reward_scale
+    q, variance = {}, {}
+    for level, rest in sets.items():
+        returns = [scale * _discounted(trajectory, gamma) for trajectory in rest[:rollouts]]
+        q[level], variance[level] = np.mean(returns), np.var(returns, ddof=1) / rollouts
+    subgoal = played.turns[t - 1].subgoal if t else ""
+    rows = []
+    for before, level in pairwise(sets):
+        rest = sets[level][rollouts:]
+        grid = trajectory.to_grid(rest)
+        grid = grid._replace(reward=grid.reward * scale)
+        values = objective.evaluate(
+            state.policy, rest, _samples(state, rest, subgoal), state.config.micro_batch_tokens
+        )
+        for name, credit in estimators.items():
+            given = getattr(estimate(grid, values, credit), level)[:, 0].double()
+            flat = credit.estimator != "hae"
+            rows.append({
+                "game": played.game, "turn": t, "level": level, "estimator": name,
+                "truth": q[level] - q[before],
+                "error": math.sqrt(variance[level] + variance[before]),
+                "expects": q[level] - q["state" if flat else before],
+                "mean": given.mean().item(), "variance": given.var().item(), "draws": len(given),
+            })  # fmt: skip
+    return rows
+
+
+def _samples(state: State, rest: list[Trajectory], subgoal: str) -> list[objective.Sample]:
+    rollout, samples = state.config.rollout, []
+    for continuation in rest:
+        active = subgoal
+        for turn in continuation.turns:
+            samples.append(objective.pack_turn(
+                turn, active, state.codec, rollout.decoding, rollout.max_new_tokens
+            ))  # fmt: skip
+            active = turn.subgoal
+    return samples
+
+
+def _discounted(played: Trajectory, gamma: float) -> float:
+    return sum(gamma**k * turn.reward for k, turn in enumerate(played.turns))
+
+
+def summary(measured: pd.DataFrame) -> pd.DataFrame:
+    """How good each estimator's credit is, per level; rows of `measure` in, a row per pair out.
+
+    ``correlation`` and ``slope`` of its mean with the truth; ``bias``, the root mean square of
+    mean − expects, without what the finite number of draws and rollouts adds to it; ``noise``, the
+    root mean variance; ``signal``, the standard deviation of the truth; ``signs``, the share of the
+    decisions whose truth is beyond two standard errors that one draw, taken as normal, credits
+    with the right sign.
+
+    Example:
+        >>> rows = pd.DataFrame({"level": "low", "estimator": "x", "truth": [0.2, -0.2],
+        ...     "error": 0.0, "expects": [0.2, -0.2], "mean": [0.3, -0.1], "variance": 0.0,
+        ...     "draws": 8})
+        >>> summary(rows).round(3).to_dict("records")[0]["bias"]
+        0.1
+    """
+
+    def one(rows: pd.DataFrame) -> pd.Series:
+        chance = rows.variance / rows.draws + rows.error**2
+        bias = ((rows["mean"] - rows.expects) ** 2 - chance).mean()
+        clear = rows[rows.truth.abs() > 2 * rows.error]
+        z = (clear["mean"] * np.sign(clear.truth)) / np.sqrt(clear.variance.clip(lower=1e-12))
+        right = [0.5 * math.erfc(-x / math.sqrt(2)) for x in z]
+        spread = rows.truth.std(ddof=0)
+        return pd.Series({
+            "turns": len(rows), "signal": spread, "bias": math.sqrt(max(bias, 0.0)),
+            "noise": math.sqrt(rows.variance.mean()),
+            "correlation": rows["mean"].corr(rows.truth),
+            "slope": rows["mean"].cov(rows.truth, ddof=0) / max(spread**2, 1e-12),
+            "clear": len(clear), "signs": float(np.mean(right)) if right else math.nan,
+        })  # fmt: skip
+
+    groups = measured.groupby(["level", "estimator"], sort=False)
+    return (
+        pd.DataFrame({key: one(rows) for key, rows in groups})
+        .T.rename_axis(["level", "estimator"])
+        .reset_index()
+    )
+
+
+def arms(config: TrainConfig) -> dict[str, CreditConfig]:
+    """The estimators that the study compares, with the discount and truncation of a run."""
+    hae = replace(config.credit, estimator="hae", switch_advantage="return", whiten=False)
+    flat = replace(hae, estimator="gae")
+    boundary = {f"hae λ_B {x:g}": replace(hae, lam_boundary=x) for x in (0.0, 0.5, 0.95, 1.0)}
+    return boundary | {"gae": flat, "gae λ 1": replace(flat, lam_low=1.0)}
+
+
+def main() -> None:
+    """Measure the true credit of decisions of a finished run, and how well estimators see it."""
+    parser = argparse.ArgumentParser(prog="python -m hiper_lab.truth", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run with a checkpoint")
+    parser.add_argument("--turns", type=int, default=40, help="to sample (default 40)")
+    parser.add_argument("--rollouts", type=int, default=64, help="for each truth (default 64)")
+    parser.add_argument("--draws", type=int, default=32, help="for each estimate (default 32)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON lines of what was measured")
+    args = parser.parse_args()
+    parameters = json.loads((args.run / "config.json").read_text())
+    flat = {k: v for k, v in parameters.items() if not isinstance(v, dict)}
+    for stage in (v for v in parameters.values() if isinstance(v, dict)):
+        flat |= stage
+    config = TrainConfig.from_parameters(flat)
+    state = set_up(config)
+    RunFolder(args.run, config).restore(state)
+    measured = measure(
+        state, arms(config), turns=args.turns, rollouts=args.rollouts, draws=args.draws,
+        seed=args.seed,
+    )  # fmt: skip
+    if args.out:
+        lines = measured.to_json(orient="records", lines=True, double_precision=6)
+        write_atomic(args.out, lines.encode())
+    print(summary(measured).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Ground truth: continuations begin where the turn began, and the levels add up."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hiper_lab import truth
+from hiper_lab.credit import CreditConfig
+from hiper_lab.rollout import collect, play
+from hiper_lab.sampling import hf_sampler
+from hiper_lab.train import TrainConfig, make_envs, set_up
+
+SETTINGS = {"max_turns": 6, "env_horizon": "short", "truncation": "zero"}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return set_up(TrainConfig.from_parameters(SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def sampler(state):
+    return hf_sampler(state.policy, 1.0, torch.Generator().manual_seed(0))
+
+
+def test_continuations_repeat_what_was_decided_in_the_very_same_state(state, sampler):
+    config = state.config
+    envs, names = make_envs(config, "train", 0, 2)
+    for played in collect(sampler, state.codec, envs, config.rollout, names=names, seeds=[0, 0]):
+        t = 3
+        turn, made = played.turns[t], []
+        for level, role in truth.DECISIONS.items():
+            made = made + truth._chosen(turn, role)
+            copies, _ = make_envs(config, "train", names.index(played.game), 8, 8)
+            begun = truth._begin(copies, played, t, [made] * 8)
+            for rest in play(sampler, state.codec, begun, config.rollout):
+                first = rest.turns[0]
+                assert first.prompt_ids == turn.prompt_ids and first.switch == turn.switch
+                assert level == "switch" or first.subgoal == turn.subgoal
+                assert level != "low" or first.response_ids == turn.response_ids
+                if level == "low":  # the world is deterministic
+                    seen = [*played.turns[t + 1 :], None][0]
+                    after = rest.turns[1].observation if len(rest.turns) > 1 else None
+                    assert after == (seen and seen.observation)
+                assert len(rest.turns) <= config.max_turns - t  # the clock goes on
+
+
+def test_levels_add_up_and_monte_carlo_has_no_bias(state):
+    """Σ true advantages = Q_last − V; with λ 1 throughout only the baseline is the critic's."""
+    credit = dataclasses.replace(state.config.credit, lam_low=1.0, lam_high=1.0, lam_boundary=1.0)
+    flat = dataclasses.replace(credit, estimator="gae")
+    rows = truth.measure(state, {"hae": credit, "flat": flat}, turns=3, rollouts=4, draws=6)
+    for _, turn in rows.groupby("game"):
+        hae, gae = (turn[turn.estimator == name] for name in ("hae", "flat"))
+        assert hae.truth.sum() == pytest.approx(gae.expects.iloc[-1], abs=1e-12)
+        assert gae.expects.to_numpy() == pytest.approx(np.cumsum(hae.truth.to_numpy()), abs=1e-12)
+        assert (hae.expects == hae.truth).all() and (gae.draws == 6).all()
+        # the same draws and returns: only the baselines differ, V_low or V_high
+        low = turn[turn.level == "low"]
+        assert low.variance.max() == pytest.approx(low.variance.min(), abs=1e-6)
+    again = truth.measure(state, {"hae": credit, "flat": flat}, turns=3, rollouts=4, draws=6)
+    pd.testing.assert_frame_equal(rows, again)
+
+
+def test_summary_by_hand():
+    """Two decisions of worth ±0.3, estimated as +0.5 and +0.1 with standard deviation 0.1."""
+    rows = pd.DataFrame({
+        "level": "low", "estimator": "x", "truth": [0.3, -0.3], "error": [0.1, 0.1],
+        "expects": [0.3, -0.3], "mean": [0.5, 0.1], "variance": 0.01, "draws": 10,
+    })  # fmt: skip
+    got = truth.summary(rows).iloc[0]
+    assert got.signal == pytest.approx(0.3) and got.noise == pytest.approx(0.1)
+    assert got.bias == pytest.approx(np.sqrt((0.2**2 + 0.4**2) / 2 - 0.01 / 10 - 0.1**2))
+    assert got.slope == pytest.approx(2 / 3) and got.correlation == pytest.approx(1)
+    # P(z > −5) and P(z > 1): the first is nearly always right, the second in 16% of the draws
+    assert got.clear == 2 and got.signs == pytest.approx((1.0 + 0.1587) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "why"),
+    [
+        (CreditConfig(gamma=0.98, estimator="grpo"), "grpo compares episodes"),
+        (CreditConfig(gamma=0.9), "gamma is 0.9"),
+        (CreditConfig(gamma=0.98, switch_advantage="value"), "'value'; expected 0.98"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(state, estimator, why):
+    with pytest.raises(ValueError, match=f"odd: .*{why}"):
+        truth.measure(state, {"odd": estimator}, turns=1)
