@@ -765,7 +765,7 @@ def test_upstream_prompts_offer_a_search_and_drop_their_history_when_too_long():
     assert "Your current observation is: 'Search'.\n" in dynamic
     static, dynamic = render("upstream", last, 2)
     k = len(last.history)
-    assert f"You have already taken {k} step(s). The most recent 2 observations" in dynamic
+    assert f"You have already taken {k} step(s). Below are the most recent 2 obs" in dynamic
     assert f"[Observation {k}: '" in dynamic and f"You are now at step {k + 1} and" in dynamic
     room = SHOP_LIMIT - len(static) - len(dynamic)
     for extra, shortened in ((room, False), (room + 1, True)):
@@ -773,7 +773,7 @@ def test_upstream_prompts_offer_a_search_and_drop_their_history_when_too_long():
         context = Context(last.task, last.observation, last.admissible, last.subgoal, long)
         text = "".join(render("upstream", context, 2))
         assert ("Your current observation is:" in text) == shortened == (len(text) < SHOP_LIMIT)
-        assert "Your current subgoal is: buy it." in text
+        assert "Your current sub-goal is: buy it." in text
 
 
 def test_training_plays_the_splits_of_the_shop_for_success(tmp_path):
