@@ -156,7 +156,9 @@ SHOP_LIMIT = 13_000  # characters; a longer upstream prompt of WebShop is writte
 # The released prompts: their parts in their order, with the sentences that frame a field as they
 # are there; the paragraphs between are said in our words.
 _UPSTREAM_ROLE = "\nYou are an expert agent in the ALFRED Embodied Environment.\n"
-_UPSTREAM_SHOP_ROLE = "\nYou are an expert autonomous agent in the WebShop e\N{NON-BREAKING HYPHEN}commerce environment. "
+_UPSTREAM_SHOP_ROLE = (
+    "\nYou are an expert autonomous agent in the WebShop e\u2011commerce environment. "
+)
 _UPSTREAM_SUBGOALS = """
 You complete the task by maintaining a SHORT-TERM SUB-GOAL at each step: a small, high-level \
 objective that a few actions normally achieve. It is NOT the full task and NOT a low-level action.
