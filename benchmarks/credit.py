@@ -408,7 +408,7 @@ def main() -> None:
         return
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     readme = HERE / "README.md"
-    pattern = r"(<!-- credit.py -->\n).*(<!-- end -->)"
+    pattern = r"(<!-- credit.py -->\n).*?(<!-- end -->)"
     updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
     readme.write_text(updated)
 

@@ -5,7 +5,7 @@ game is played with the same seeded choices by both; a step always includes the 
 commands. Without the extra "alfworld" only our engine is measured.
 
     python benchmarks/environments.py                  # prints the tables
-    python benchmarks/environments.py --out benchmarks/results/environments.json
+    python benchmarks/environments.py --out benchmarks/results/environments.json   # README.md too
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import re
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -165,6 +166,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machine() -> str:
+    """Processor, cores and Python, in words."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    kind = name[1].strip() if name else platform.machine()
+    return f"{kind}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def publish(script: str, text: str) -> None:
+    """Put the tables of a script into README.md, between its two marks."""
+    readme = Path(__file__).with_name("README.md")
+    marks = rf"(<!-- {re.escape(script)} -->\n).*?(<!-- end -->)"
+    updated = re.sub(
+        marks, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text(), flags=re.DOTALL
+    )
+    write_atomic(readme, updated.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--games", type=int, nargs="+", default=[1, 8, 64, 512])
@@ -174,23 +192,22 @@ def main() -> None:
     given = parser.parse_args()
     genuine = importlib.util.find_spec("alfworld") is not None
     result = {
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "workers": given.workers,
-            "size": given.size,
-        },
+        "machine": machine(),
         "household, one core, per second of CPU": one_core(),
-        "parallel games, per second": parallel(given.games, given.size, given.workers, genuine),
-    }
+        f"parallel games of size {given.size}, {given.workers} processes for the genuine engine":
+            parallel(given.games, given.size, given.workers, genuine),
+    }  # fmt: skip
     if genuine:
         result["one game, one core, steps per second of CPU"] = [as_published(s) for s in SIZES]
     else:
         print("The genuine engine is not installed (pip install 'hiper-lab[alfworld]').")
-    for name, rows in result.items():
-        print(f"\n{name}: {rows}" if isinstance(rows, dict) else f"\n{name}\n\n{table(rows)}")
+    tables = [f"{name[0].upper()}{name[1:]}:\n\n{table(rows)}"
+              for name, rows in result.items() if isinstance(rows, list)]  # fmt: skip
+    text = "\n\n".join([f"Measured on {result['machine']}.", *tables])
+    print(text)
     if given.out:
         write_atomic(given.out, (json.dumps(result, indent=1) + "\n").encode())
+        publish("environments.py", text)
 
 
 if __name__ == "__main__":

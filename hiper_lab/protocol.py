@@ -150,9 +150,42 @@ single action.
 _SUBGOALS = "You finish the task by always following one short-term subgoal: a small objective \
 that a few actions can reach.\n"
 _ROLE = f"You are an expert agent acting in a text environment. {_SUBGOALS}"
-_SHOP_ROLE = "You are an expert agent in an online shop. "
 SEPARATOR = " [SEP] "  # between the pieces of a page of WebShop
 SHOP_LIMIT = 13_000  # characters; a longer upstream prompt of WebShop is written without history
+
+# The released prompts: their parts in their order, with the sentences that frame a field as they
+# are there; the paragraphs between are said in our words.
+_UPSTREAM_ROLE = "\nYou are an expert agent in the ALFRED Embodied Environment.\n"
+_UPSTREAM_SHOP_ROLE = (
+    "\nYou are an expert autonomous agent in the WebShop e\u2011commerce environment. "
+)
+_UPSTREAM_SUBGOALS = """
+You complete the task by maintaining a SHORT-TERM SUB-GOAL at each step: a small, high-level \
+objective that a few actions normally achieve. It is NOT the full task and NOT a low-level action.
+
+At each step, reconsider the sub-goal given the latest observation: continue it, or switch to a \
+new one.
+
+"""
+_UPSTREAM_RULES = """
+At EVERY step, you MUST output EXACTLY THREE blocks, in the order shown below:
+1) <switch> (KEEP or SWITCH)
+2) <subgoal> (the sub-goal to follow next)
+3) <action> (one admissible action)
+
+NO other text, comments or reasoning is {where}.
+
+STRICT FORMAT REQUIREMENTS:
+- <switch> contains ONLY KEEP or SWITCH.
+- <subgoal> appears at EVERY step. On KEEP, copy the EXACT current sub-goal. On SWITCH, write a \
+NEW, short sub-goal that is achievable in a few actions{limit}.
+- <action> contains EXACTLY ONE action, copied verbatim from the admissible actions.
+
+Respond now in this EXACT format:
+<switch>KEEP or SWITCH</switch>
+<subgoal>the sub-goal</subgoal>
+<action>one admissible action</action>
+"""
 
 
 def render(template: str, context: Context, history_turns: int) -> tuple[str, str]:
@@ -163,11 +196,12 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
     quotes; its ``upstream`` prompt offers ``search[<your query>]`` in place of listed searches.
 
     Args:
-        template: ``full`` (instructions first, so that they are cached), ``upstream`` (the parts
-            of the released HiPER prompt in their order, instructions last; the wording is ours),
-            or ``compact`` (for tiny models trained on it: no instructions; says how many turns
-            have passed and which places were not visited yet, and marks things of a kind that the
-            task names with ``*``).
+        template: ``full`` (instructions first, so that they are cached), ``upstream`` (as released
+            with HiPER: all parts in their order, instructions last, other words at a turn without
+            history; a page of WebShop goes without history where the prompt would be longer than
+            13,000 characters), or ``compact`` (for tiny models trained on it: no instructions; says
+            how many turns have passed and which places were not visited yet, and marks things of a
+            kind that the task names with ``*``).
         history_turns: How many past turns are shown (actions only in ``compact``).
 
     Raises:
@@ -188,8 +222,19 @@ def _full(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
 
 
 def _upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
-    task = f"Your overall task is: {context.task}\n" if past else ""
-    return _ROLE, f"{task}{_situation(context, past)}\n{_RULES}"
+    task = steps = ""
+    note = f'(At the first step of an episode this is "{NO_SUBGOAL}".)\n'
+    if past:
+        task, note = f"Your overall task is: {context.task}\n", ""
+        steps = (
+            f"You have already taken {len(context.history)} step(s).\n"
+            f"Most recent {len(past)} observations and actions:\n{_history(context, past)}\n"
+        )
+    return _UPSTREAM_ROLE, (
+        f"{task}{_UPSTREAM_SUBGOALS}{steps}{_observed(context)}"
+        f"\nYour current sub-goal is:\n{context.subgoal or NO_SUBGOAL}\n{note}"
+        f"\n{_offered(context)}{_upstream_rules(past)}"
+    )
 
 
 def _shop_upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
@@ -198,21 +243,29 @@ def _shop_upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, 
     if len(actions) < len(context.admissible):
         actions.insert(0, "search[<your query>]")
     listed = "".join(f"'{action}',\n" for action in actions)
-    steps, now = "", "Your current observation is"
+    now = "Your current observation is"
     if past:
-        steps = (
-            f"You have already taken {taken} step(s). The most recent {len(past)} observations and "
-            f"the actions you took: {_history(context, past)}"
+        now = (
+            f"You have already taken {taken} step(s). Below are the most recent {len(past)} "
+            f"observations and the corresponding actions you took: {_history(context, past)}"
+            f"You are now at step {taken + 1} and your current observation is"
         )
-        now = f"You are now at step {taken + 1} and your current observation is"
     dynamic = (
-        f"Your task is to: {context.task}.\n{_SUBGOALS}{steps}{now}: {context.observation}.\n"
-        f"Your current subgoal is: {context.subgoal or NO_SUBGOAL}.\n"
-        f"Your admissible actions are:\n[\n{listed}].\n\n{_RULES}"
+        f"Your task is to: {context.task}.\n{_UPSTREAM_SUBGOALS}{now}: {context.observation}.\n"
+        f"\nYour current sub-goal is: {context.subgoal or NO_SUBGOAL}.\n"
+        f"\nYour admissible actions are:\n[\n{listed}].\n{_upstream_rules(past)}"
     )
-    if past and len(_SHOP_ROLE) + len(dynamic) > SHOP_LIMIT:
+    if past and len(_UPSTREAM_SHOP_ROLE) + len(dynamic) > SHOP_LIMIT:
         return _shop_upstream(context, [])
-    return _SHOP_ROLE, dynamic
+    return _UPSTREAM_SHOP_ROLE, dynamic
+
+
+def _upstream_rules(past: list[tuple[str, str]]) -> str:
+    if past:
+        return _UPSTREAM_RULES.format(
+            where="permitted anywhere in the output", limit=" and NOT the entire task"
+        )
+    return _UPSTREAM_RULES.format(where="allowed before, after or between the blocks", limit="")
 
 
 def _pieces(page: str, task: str) -> str:
@@ -236,14 +289,19 @@ def _history(context: Context, past: list[tuple[str, str]]) -> str:
 
 def _situation(context: Context, past: list[tuple[str, str]]) -> str:
     shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
-    actions = "\n ".join(f"'{a}'" for a in context.admissible if a != "help")
     return (
-        shown
-        + _history(context, past)
-        + f"Your current observation is:\n{context.observation.strip()}\n"
-        + f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n"
-        + f"Your admissible actions are:\n[{actions}]\n"
+        f"{shown}{_history(context, past)}{_observed(context)}"
+        f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n{_offered(context)}"
     )
+
+
+def _observed(context: Context) -> str:
+    return f"Your current observation is:\n{context.observation.strip()}\n"
+
+
+def _offered(context: Context) -> str:
+    actions = "\n ".join(f"'{a}'" for a in context.admissible if a != "help")
+    return f"Your admissible actions are:\n[{actions}]\n"
 
 
 def _compact(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:

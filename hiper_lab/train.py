@@ -19,7 +19,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hiper_lab import objective, trajectory
 from hiper_lab.credit import LEVELS, Credit, CreditConfig, TurnGrid, Values, estimate
+from hiper_lab.envs.alfworld import AlfworldEnv
 from hiper_lab.envs.games import (
     HORIZONS,
     LONG_TASK_TYPES,
@@ -39,6 +40,7 @@ from hiper_lab.envs.games import (
     generate_game,
 )
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
+from hiper_lab.envs.pool import EnvPool
 from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.flat import GROUP_RELATIVE
@@ -48,7 +50,7 @@ from hiper_lab.rollout import RolloutConfig, collect
 from hiper_lab.sampling import Codec, hf_sampler
 from hiper_lab.trajectory import Trajectory
 
-ENVS = ("household", "alfworld", "webshop")
+ENVS = ("household", "alfworld", "alfworld_engine", "webshop")
 PRESETS = ("lab", "paper", "upstream")
 # Their fields are flat parameters beside our own.
 STAGES = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
@@ -61,7 +63,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random in the run."""
     env: str = "household"
-    """``household`` (generated games), ``alfworld`` (a folder of game files), ``webshop``."""
+    """``household`` (generated games), ``alfworld`` (a folder of game files), ``alfworld_engine``
+    (the same in the genuine engine: extra ``alfworld``, a thousand times slower), ``webshop``."""
     env_path: str = ""
     """Folder of ALFWorld's json_2.1.1 games (empty: $ALFWORLD_DATA), or of WebShop's files (empty:
     the embedded shop)."""
@@ -237,10 +240,10 @@ def make_envs(
         ValueError: If they are broken, or have no such split.
     """
     tasks = config.env_tasks or TASK_TYPES
-    if config.env_horizon != "any" and not config.env_tasks:
-        tasks = (None,)  # drawn among those that can be so long
-    numbers = [start + k // copies for k in range(count)]
+    numbers = range(start, start + math.ceil(count / copies))
     if config.env == "household":
+        if config.env_horizon != "any" and not config.env_tasks:
+            tasks = (None,)  # drawn among those that can be so long
         games = [
             generate_game(
                 k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)],
@@ -249,7 +252,7 @@ def make_envs(
             for k in numbers
         ]  # fmt: skip
         names = [f"{split}/{config.env_size}/{k}" for k in numbers]
-    elif config.env == "alfworld":
+    elif config.env.startswith("alfworld"):
         folder = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}[split]
         paths = _alfworld_games(config.env_path, folder, tasks)
         chosen = [paths[k % len(paths)] for k in numbers]
@@ -259,9 +262,13 @@ def make_envs(
         goals = shop.splits.get(split)
         if not goals:
             raise ValueError(f"no goals in split {split!r}, expected one of {sorted(shop.splits)}")
-        chosen = [goals[k % len(goals)] for k in numbers]
-        envs = [WebShopEnv(shop, config.max_turns, goal=k, reward="success") for k in chosen]
-        return envs, [f"{split}/{k}" for k in chosen]
+        games = [goals[k % len(goals)] for k in numbers]
+        names = [f"{split}/{goal}" for goal in games]
+    games, names = ([x for x in each for _ in range(copies)][:count] for each in (games, names))
+    if config.env == "webshop":
+        return [WebShopEnv(shop, config.max_turns, goal=k, reward="success") for k in games], names
+    if config.env == "alfworld_engine":
+        return EnvPool([partial(AlfworldEnv, game, config.max_turns) for game in games]).envs, names
     return [HouseholdEnv(game, config.max_turns) for game in games], names
 
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 
+from hiper_lab import train
 from hiper_lab.envs.alfworld import AlfworldEnv
 from hiper_lab.envs.games import (
     LONG_TASK_TYPES,
@@ -175,6 +176,23 @@ def test_each_game_of_a_pool_is_its_own():
             said = step_all(pool.envs, texts)
             assert said == [env.step(text) for env, text in zip(here, texts, strict=True)]
             infos = [turn[-1] for turn in said]
+
+
+@genuine
+def test_training_in_the_genuine_engine_is_training_in_ours(tmp_path):
+    write_games(tmp_path, [generate_game(k, split="train") for k in range(2)])
+    played = {}
+    for env in ("alfworld", "alfworld_engine"):
+        config = train.TrainConfig.from_parameters({
+            "env": env, "env_path": str(tmp_path), "iterations": 1, "warmup_iterations": 0,
+            "episodes": 4, "group_size": 2, "max_turns": 5, "eval_games": 0,
+        })  # fmt: skip
+        *_, report = train.train(config)
+        played[env] = [
+            (t.game, [(turn.observation, turn.action, turn.reward) for turn in t.turns])
+            for t in report.trajectories
+        ]
+    assert played["alfworld"] == played["alfworld_engine"]
 
 
 @genuine

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiper_lab.envs.base import check_env
+from hiper_lab.envs.base import _step, check_env
 from hiper_lab.envs.games import SIZES, generate_game
 from hiper_lab.envs.household import EFFECTS, HouseholdEnv
 from hiper_lab.envs.pool import EnvPool, reset_all, step_all
+from hiper_lab.envs.probes import KitchenEnv
 
 
 def household() -> HouseholdEnv:
@@ -49,20 +50,20 @@ def pooled():
 
 @pytest.fixture(scope="session")
 def corridor(root):
-    """The environment that CONTRIBUTING.md writes in 40 lines."""
-    text = (root / "CONTRIBUTING.md").read_text()
-    code = re.search(r"```python\n(.*?class Corridor.*?)```", text, re.DOTALL)[1]
+    """The environment that README.md writes in 40 lines."""
+    text = (root / "README.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Corr" in c)
     assert len(code.splitlines()) <= 40
     names: dict = {}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    exec(compile(code, "README.md", "exec"), names)
     return names["Corridor"]
 
 
-@pytest.mark.parametrize("make", [household, alfworld, webshop, express, pooled])
+@pytest.mark.parametrize("make", [household, alfworld, webshop, express, KitchenEnv, pooled])
 def test_every_environment_keeps_its_promises(make):
     env = make()
     for seed in range(3):
-        check_env(env, seed=seed)
+        check_env(env, seed=seed, chance=make is KitchenEnv)
 
 
 def test_the_environment_of_the_guide_keeps_its_promises_and_can_be_won(corridor):
@@ -143,6 +144,14 @@ MUTATIONS = [
 GAMES = [HouseholdEnv(generate_game(k, size=SIZES[k % 3]), max_turns=None) for k in range(12)]
 
 
+def spoilt(rng: random.Random, admissible: list[str], texts: list[str]) -> str:
+    """Half the time what is admissible; else a mutation of it, or a text of hypothesis' own."""
+    text = rng.choice(admissible)
+    if rng.random() < 0.5:
+        return text
+    return rng.choice(texts) if texts and rng.random() < 0.3 else rng.choice(MUTATIONS)(text)
+
+
 def consistent(env: HouseholdEnv) -> None:
     """Everything is in exactly one place, and what is said agrees with the state."""
     state, world = env.snapshot(), env.world
@@ -166,11 +175,7 @@ def test_20000_random_and_adversarial_commands_leave_a_consistent_state(seed, te
         if info["won"]:
             _, info = env.reset()
         before = env.snapshot()
-        text = rng.choice(info["admissible"])
-        if rng.random() < 0.5:
-            text = (
-                rng.choice(texts) if texts and rng.random() < 0.3 else rng.choice(MUTATIONS)(text)
-            )
+        text = spoilt(rng, info["admissible"], texts)
         known = text.strip() in info["admissible"]
         observation, reward, terminated, truncated, info = env.step(text)
         assert (observation == "Nothing happens.") != known and not truncated
@@ -178,6 +183,30 @@ def test_20000_random_and_adversarial_commands_leave_a_consistent_state(seed, te
         if not known:
             assert env.snapshot() == before._replace(turn=before.turn + 1)
     consistent(env)
+
+
+@pytest.mark.parametrize(("make", "examples"), [(KitchenEnv, 200), (express, 200), (alfworld, 5)])
+def test_any_text_is_answered_and_the_state_stays_consistent(make, examples):
+    """As above, 20,000 commands; 500 of the genuine ALFWorld, which takes 20 ms for each.
+
+    (``tests/test_webshop.py`` has the shop's.)
+    """
+    env = make()
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.integers(0, 2**32), st.lists(st.text(), max_size=5))
+    def play(seed, texts):
+        rng, over = random.Random(seed), True
+        for _ in range(100):
+            if over:
+                _, info = env.reset(seed=rng.randrange(1000))
+            *_, terminated, truncated, info = _step(
+                env, spoilt(rng, info["admissible"], texts), info["task"]
+            )
+            over = terminated or truncated
+        assert env.restore(env.snapshot()) == info
+
+    play()
 
 
 # --------------------------------------------------------------------------------------- the pool

@@ -164,6 +164,16 @@ def test_stale_sampler_weights_are_noticed(monkeypatch):
         train.step(state)
 
 
+def test_the_game_of_a_group_is_drawn_once(monkeypatch):
+    drawn, generate = [], train.generate_game
+    monkeypatch.setattr(
+        train, "generate_game", lambda k, **kind: drawn.append(k) or generate(k, **kind)
+    )
+    envs, names = train.make_envs(small(), "train", 5, 7, copies=3)
+    assert drawn == [5, 6, 7] and names == [f"train/small/{k}" for k in (5, 5, 5, 6, 6, 6, 7)]
+    assert len({env.reset()[0] for env in envs}) == 3 and len(set(map(id, envs))) == 7
+
+
 def test_groups_play_one_game_and_only_a_game_that_varies_teaches():
     config = small(estimator="grpo", group_size=2, warmup_iterations=0, eval_games=0)
     report = next(r for r in train.train(config) if r.trajectories)

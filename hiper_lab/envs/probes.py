@@ -560,8 +560,8 @@ def returns(trajectories: Trajectories) -> Float[Tensor, "traj turn"]:
 class KitchenEnv:
     """The kitchen as a text to be played, for training on what can be computed exactly.
 
-    The interface of `hiper_lab.rollout.TextEnv`. The turns left are shown, for values depend on
-    them. Whatever is no command costs a turn and does nothing.
+    A `hiper_lab.envs.base.TextEnv`. The turns left are shown, for values depend on them. Whatever
+    is no command costs a turn and does nothing.
 
     >>> env = KitchenEnv()
     >>> env.reset(seed=0)[0]
@@ -607,7 +607,8 @@ class KitchenEnv:
         """Go (back) to a state; returns the info that belongs to it."""
         self._state, won = state, state[0] == len(self.mdp.transition)
         self._over = won or state[1] >= self.mdp.horizon
-        return {"admissible": list(self.ACTIONS), "won": won, "task": "put the mug away"}
+        return {"admissible": list(self.ACTIONS), "won": won, "task": "put the mug away",
+                "task_type": "kitchen"}  # fmt: skip
 
     def _look(self) -> str:
         state, turn = self._state
