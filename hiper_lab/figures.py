@@ -295,14 +295,15 @@ def learning_curves(
             banded = seeds[seeds["size"] > 1]
             half = banded["sem"] * banded["size"].map(student)
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
+            alone = {"array": half.to_numpy(), "width": 6} if len(seeds) == len(half) == 1 else None
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
                 fillcolor=rgba(color, 0.2), showlegend=False, **place,
             )  # fmt: skip
             figure.add_scatter(
                 x=seeds.index, y=seeds["mean"].to_numpy(), name=_text(run, 60), showlegend=k == 0,
-                mode="lines+markers" if column.startswith("eval/") else "lines",
-                line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", **place,
+                mode="lines+markers" if len(seeds) <= 12 else "lines",
+                line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", error_y=alone, **place,
             )  # fmt: skip
     _iteration_axes(figure, metrics["iteration"], row=math.ceil(len(columns) / across))
     figure.update_yaxes(rangemode="tozero")

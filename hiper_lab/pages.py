@@ -28,7 +28,8 @@ MONO = (
 STYLE = """<style>
 .hl{font-size:13px;line-height:1.5} .hl .s{max-height:320px;overflow:auto}
 .hl table{border-collapse:collapse;margin:4px 0} .hl td,.hl th{padding:1px 16px 1px 0;
-text-align:left;font-weight:normal;border:0;background:transparent!important}
+text-align:left;font-weight:normal;border:0;background:transparent!important;white-space:normal;
+max-width:520px;overflow-wrap:anywhere} .hl th,.hl .n{overflow-wrap:normal}
 .hl .n{text-align:right;font-variant-numeric:tabular-nums} .hl th{opacity:.7}
 .hl summary{cursor:pointer;opacity:.8}
 .hl select{font-family:var(--jp-code-font-family,monospace);font-size:12px}

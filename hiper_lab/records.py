@@ -103,20 +103,21 @@ def overview(trajectories: list[Trajectory]) -> tuple[pd.DataFrame, pd.DataFrame
 def sample(runs: Mapping[str, list[Rollouts]], count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`overview` of several runs over training, of ``count`` evenly spaced iterations of each seed.
 
-    Both frames gain ``run``, ``iteration`` and ``address``, the turns ``game`` and ``task`` too.
+    Both frames gain ``run``, ``replica`` (which of the run's seeds, from 0), ``iteration`` and
+    ``address``, the turns ``game`` and ``task`` too.
 
     Raises:
         ValueError: If none of them has recorded trajectories.
     """
     frames, turns = [], []
     for run, seeds in runs.items():
-        for rollouts in seeds:
+        for replica, rollouts in enumerate(seeds):
             there = list(rollouts)[::-1]
             for iteration in there[:: max(1, math.ceil(len(there) / count))][::-1]:
                 frame, rows = overview(rollouts[iteration])
                 where = f"{rollouts.name}/{iteration}/" + frame["trajectory"]
-                frame = frame.assign(run=run, iteration=iteration, address=where)
-                keys = ["trajectory", "run", "iteration", "address", "game", "task"]
+                frame = frame.assign(run=run, replica=replica, iteration=iteration, address=where)
+                keys = ["trajectory", "run", "replica", "iteration", "address", "game", "task"]
                 frames.append(frame)
                 turns.append(rows.merge(frame[keys], on="trajectory"))
     if not frames:

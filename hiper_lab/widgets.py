@@ -664,7 +664,11 @@ class RunComparer(_Inspector):
         groups = frame.groupby(["run", "iteration", "kind"], sort=False)["success"]
         shares = groups.agg(share="mean", n="size").reset_index()
         shares = shares.sort_values(["kind", "iteration"], kind="stable")
-        return figures.share_map(shares, "success per task type"), shares
+        panels = "success, " + frame["kind"].replace("", "no task type")
+        each = [frame["run"], frame["replica"].rename("seed"), frame["iteration"], panels]
+        curves = frame["success"].groupby(each, sort=False).mean().unstack().reset_index()
+        panels = tuple(sorted(set(panels)))
+        return figures.learning_curves(curves, panels, self.smooth.value), shares
 
     def _failures(self) -> tuple[go.Figure, pd.DataFrame]:
         frame = self.recorded()[0]
@@ -696,6 +700,12 @@ class RunComparer(_Inspector):
         columns = ["address", "success", "failure", "return", "turns", "segments", "switch_rate"]
         return figures.side_by_side(turns), shown[columns]
 
+    def render(self) -> None:
+        curves, same = ("learning curves", "task types"), ("same task",)
+        for control, views in ((self.smooth, curves), (self.game, same)):  # where they do something
+            control.layout.display = None if self.view.value in views else "none"
+        super().render()
+
     def figure(self) -> go.Figure:
         return self.views[self.view.value]()[0]
 
@@ -718,7 +728,7 @@ class LiveMonitor(_Inspector):
     """A run while another process writes it: its curves, how far it is, its newest trajectories.
 
     It only reads. ``refresh()`` looks once; ``start()`` keeps looking, also while other cells run
-    in turn, until ``stop()``.
+    in turn, until ``stop()``; so do its buttons.
 
     Args:
         folder: The run's folder; it may still be empty but for ``config.json``.
@@ -730,8 +740,10 @@ class LiveMonitor(_Inspector):
     def __init__(self, folder: Path | str):
         self.rollouts, self._task = Rollouts(folder), None
         self.button = ui.Button(description="refresh", icon="refresh")
+        self.follow = ui.ToggleButton(description="follow", icon="play")
+        super().__init__([self.button, self.follow])
         self.button.on_click(lambda _: self.refresh())
-        super().__init__([self.button])
+        self._on([self.follow], lambda: self.start() if self.follow.value else self.stop())
         self.refresh()
 
     def refresh(self) -> None:
@@ -750,12 +762,16 @@ class LiveMonitor(_Inspector):
 
         self.stop()
         self._task = asyncio.get_running_loop().create_task(follow())
+        with self._mute():
+            self.follow.value = True
 
     def stop(self) -> None:
         """Stop refreshing."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        with self._mute():
+            self.follow.value = False
 
     def inspect(self) -> TrajectoryInspector:
         """An inspector of what has been recorded so far."""
