@@ -143,6 +143,7 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
     prompt = _block("prompt", prompt_text(trajectory, turn, config)) if now.prompt_ids else ""
     last = turn == len(trajectory.turns) - 1
     outcome = f", then the episode ended: {trajectory.end.replace('_', ' ')}" if last else ""
+    spoken = f"logprob {sum(now.logprobs):.4f}, " if now.logprobs else ""
     after = trajectory.final_observation if last else trajectory.turns[turn + 1].observation
     return (
         f"<div>task: {html.escape(trajectory.task)}</div>"
@@ -150,7 +151,7 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
         f"{prompt}<div style='margin-top:6px'>{token_strip(response_tokens(trajectory, turn), by)}"
         f"</div>{problems if now.problems else ''}<table><tr><th></th><th>decision</th>"
         f"<th class='n'>value</th><th class='n'>advantage</th></tr>{rows}</table>"
-        f"<div>logprob {sum(now.logprobs):.4f}, reward {now.reward:g}{outcome}</div>"
+        f"<div>{spoken}reward {now.reward:g}{outcome}</div>"
         f"{_block('what came of it', after, last)}"
     )
 

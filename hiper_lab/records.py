@@ -47,12 +47,13 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         if isinstance(source, Path | str):
             self.folder = Path(source)
             self.name = name or self.folder.resolve().name.split(".jsonl")[0]
-            if (self.folder / "config.json").is_file():
-                self.config = json.loads((self.folder / "config.json").read_text())
         else:
             self.name, self._here = name or "rollouts", list(source)
         self.refresh()
-        if not self.files and not self.config:
+        begun = (
+            self.folder and (self.folder / "manifest.json").is_file()
+        )  # before its kernel starts
+        if not (self.files or self.config or begun):
             raise ValueError(f"{self.folder or 'the list'} holds no recorded trajectories")
 
     def refresh(self) -> None:
@@ -62,6 +63,8 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         elif self.folder.is_file():
             self.files = {0: self.folder}
         elif self.folder.is_dir():
+            if not self.config and (config := self.folder / "config.json").is_file():
+                self.config = json.loads(config.read_text())
             found = (self.folder / "rollouts").glob("[0-9]*.jsonl*")
             self.files = {int(path.name.split(".")[0]): path for path in sorted(found)}
         else:

@@ -179,7 +179,10 @@ class _OfTurns(_Inspector):
 
     def listed(self) -> list[tuple[str, str]]:
         """(label, trajectory) of what the list offers."""
-        return [(f"{t.id}  {t.task}", t.id) for t in self.trajectories]
+        return [
+            (f"{t.id:<6} {t.end.replace('_', ' '):<12}{len(t.turns):>3} turns  {t.task}", t.id)
+            for t in self.trajectories
+        ]
 
     @property
     def trajectory(self) -> Trajectory:
@@ -234,7 +237,8 @@ class _OfTurns(_Inspector):
     def fill(self) -> None:
         """Offer what `listed` says, keeping what is picked if it is still there."""
         with self._mute():
-            _offer(self.listing, self.listed())
+            spaced = [(label.replace(" ", "\u00a0"), name) for label, name in self.listed()]
+            _offer(self.listing, spaced)
 
     def _pick(self, iteration: int, trajectory: str | None = None, turn: int = 0) -> None:
         if trajectory is None:  # the first one listed there
@@ -268,12 +272,14 @@ class TrajectoryInspector(_OfTurns):
             description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=FIELD
         )
         self.search = ui.Text(
-            description="search", placeholder="in tasks, observations, responses",
+            description="search", placeholder="in all its texts",
             continuous_update=False, layout=FIELD,
         )  # fmt: skip
         columns = ["trajectory", "success", "return", "turns", "switch_rate", "failure", "task"]
         self.sort = ui.Dropdown(options=columns, description="sort by", layout=FIELD)
-        self.falling = ui.Checkbox(description="largest first", indent=False)
+        self.falling = ui.Checkbox(
+            description="largest first", indent=False, layout={"width": "150px"}
+        )
         self.color = ui.ToggleButtons(
             options=["role", "advantage", "logprob"], style={"button_width": "90px"}
         )
@@ -317,7 +323,7 @@ class TrajectoryInspector(_OfTurns):
         return [
             (
                 f"{name:<6} {'won' if won else failure:<17} {turns:>3} turns {segments:>3} segments"
-                f"  switch rate {rate:.2f}  return {return_:>6.2f}  {task}".replace(" ", "\u00a0"),
+                f"  switch rate {rate:.2f}  return {return_:>6.2f}  {task}",
                 name,
             )
             for name, task, _, won, failure, return_, turns, segments, rate, _ in self.table()
@@ -394,7 +400,9 @@ class CreditExplorer(_OfTurns):
         self.preset = ui.Dropdown(options=names, description="left", layout=FIELD)
         self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=FIELD)
         self.right = ui.Dropdown(
-            options=[*names, UNFLIPPED, *OTHERS], value="paper", description="right",
+            options=[*names, UNFLIPPED, *OTHERS],
+            value="paper",
+            description="right",
             layout=FIELD,
         )
         self.sliders = {
@@ -555,9 +563,7 @@ class CreditExplorer(_OfTurns):
         _, name, turn = self.selection
         k = SIDES.index(side)
         grid = self.compute()[k][0]
-        return explain(
-            grid, self.values, self.configs[k], self._rows[name], turn, self.level.value
-        )
+        return explain(grid, self.values, self.configs[k], self._rows[name], turn, self.level.value)
 
     def _explained(self, side: str) -> str:
         try:
@@ -570,8 +576,8 @@ class CreditExplorer(_OfTurns):
     def details(self) -> str:
         level, turn = self.level.value, self.selection[2]
         why = "".join(
-            f"<div style='flex:1 1 480px;min-width:0'>The {side} advantage of the {NAMES[level]} at "
-            f"turn {turn}, term by term ({escape(name)}):<br>{self._explained(side)}</div>"
+            f"<div style='flex:1 1 480px;min-width:0'>The {side} advantage of the {NAMES[level]} "
+            f"at turn {turn}, term by term ({escape(name)}):<br>{self._explained(side)}</div>"
             for side, name in zip(SIDES, self.names(), strict=True)
         )
         flips = ", ".join(f"{name}:{turn}" for name, turn in sorted(self.flips)) or "none"
@@ -731,10 +737,11 @@ class LiveMonitor(_Inspector):
     in turn, until ``stop()``; so do its buttons.
 
     Args:
-        folder: The run's folder; it may still be empty but for ``config.json``.
+        folder: The run's folder; it may still be empty but for ``manifest.json``.
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        ValueError: If it is not the folder of a run.
     """
 
     def __init__(self, folder: Path | str):
