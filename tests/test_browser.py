@@ -116,12 +116,23 @@ PLOTS = "const plots = document.querySelectorAll('.jp-OutputArea .js-plotly-plot
 # where the largest bar of the low level is in a plot, and its turn
 BAR = f"""k => {{ {PLOTS}
     const bar = t => t.type == 'bar' && t.name == 'action (low)';
-    const at = plots[k].data.findIndex(bar), size = Array.from(plots[k].data[at].y, Math.abs);
+    const at = plots[k]?.data?.findIndex(bar) ?? -1;
+    if (at < 0) return null;
+    const size = Array.from(plots[k].data[at].y, Math.abs);
     const turn = size.indexOf(Math.max(...size));
     const bars = plots[k].calcdata[at][0].node3?.node().querySelectorAll('.point path');
     if (bars?.length != size.length) return null;
     const box = bars[turn].getBoundingClientRect();
     return [box.x + box.width / 2, box.y + box.height / 2, turn] }}"""
+
+
+def drawn(page, k: int, trace: int, y: list[float]) -> None:
+    """Wait until a trace of the k-th plot has these heights."""
+    shown = f"""([k, trace, y]) => {{ {PLOTS}
+        const shown = Array.from(plots[k]?.data?.[trace]?.y ?? []), number = Number.isFinite;
+        return shown.length == y.length && shown.every((x, i) =>
+            number(x) ? Math.abs(x - y[i]) < 1e-6 : !number(y[i])) }}"""
+    until(page, shown, [k, trace, y])
 
 
 def click_bar(page, k: int) -> int:
@@ -171,9 +182,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     says(page, 1, "demo/3/0003:0")
     explored = CreditExplorer(folder / "demo")
     explored.goto("3/0003:0")
-    low = f"() => {{ {PLOTS} return Array.from(plots[1].data[4].y) }}"
-    before = page.evaluate(low)
-    assert before == pytest.approx(explored.table()["low_left"].tolist(), abs=1e-6)
+    drawn(page, 1, 4, explored.table()["low_left"].tolist())
 
     # a click on a bar selects its turn
     turn = click_bar(page, 0)
@@ -188,10 +197,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     api.expect(slider).to_contain_text("0.960")
     explored.sliders["gamma"].value = 0.96
     expected = explored.table()["low_left"].tolist()
-    shows = f"""y => {{ {PLOTS}
-        return plots[1].data[4].y.every((x, i) => Math.abs(x - y[i]) < 1e-6) }}"""
-    until(page, shows, expected)
-    assert page.evaluate(low) != before
+    drawn(page, 1, 4, expected)
     title = page.evaluate(f"() => {{ {PLOTS} return plots[1].layout.yaxis2.title.text }}")
     assert title == "as trained, changed: hae"
 
@@ -209,7 +215,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     assert flipped != expected
     for credit in (flipped, expected):
         press(page, 1, "flip")
-        until(page, shows, credit)
+        drawn(page, 1, 4, credit)
 
     # every view is another kind of picture in the same place, of real runs
     compared = RunComparer(sorted((folder / "real").iterdir()))
@@ -218,8 +224,8 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
         compared.view.value = view
         figure = compared.figure()
         kinds = [trace.type for trace in figure.data]
-        drawn = f"kinds => {{ {PLOTS} return plots[2]?.data?.map(t => t.type).join() == kinds }}"
-        until(page, drawn, ",".join(kinds))
+        same = f"kinds => {{ {PLOTS} return plots[2]?.data?.map(t => t.type).join() == kinds }}"
+        until(page, same, ",".join(kinds))
         if view == "failures":
             cells = page.evaluate(f"() => {{ {PLOTS} return plots[2].data[0].z.map(r => [...r]) }}")
             assert cells == [pytest.approx(list(row)) for row in figure.data[0].z]
@@ -230,9 +236,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     press(page, 3, "follow")
     make_run(folder / "live", iterations=4, episodes=9)
     says(page, 3, "live, iteration 4 of")
-    monitor = LiveMonitor(folder / "live")
-    success = page.evaluate(f"() => {{ {PLOTS} return Array.from(plots[3].data[0].y).slice(1) }}")
-    assert success == pytest.approx(list(monitor.figure().data[0].y)[1:])
+    drawn(page, 3, 0, list(LiveMonitor(folder / "live").figure().data[0].y))
     says(page, 3, "live/4/0008")
     press(page, 3, "follow")
 
