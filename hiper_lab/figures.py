@@ -32,7 +32,7 @@ SIGNS = [
     [0, f"rgb{NEGATIVE}"], [0.5, "rgba(127,127,127,0.12)"], [1, f"rgb{POSITIVE}"],
 ]  # fmt: skip
 LETTERS = 115  # of the labels' size, in the width of a plot
-SHARES = [[0, "rgba(155,95,192,0.05)"], [1, f"rgb{NEGATIVE}"]]
+SHARES = [[0, "#F4EEF8"], [1, f"rgb{NEGATIVE}"]]  # opaque: the numbers on it suit both themes
 
 _AXIS = {"gridcolor": "rgba(127,127,127,0.25)", "zerolinecolor": "rgba(127,127,127,0.6)"}
 # plotly's own template is 16 kB in every saved figure
@@ -308,6 +308,9 @@ def learning_curves(
             )  # fmt: skip
     _iteration_axes(figure, metrics["iteration"], row=math.ceil(len(columns) / across))
     figure.update_yaxes(rangemode="tozero")
+    for k, column in enumerate(columns):
+        if "success" in column or "rate" in column:  # a wide band is no reason to flatten a curve
+            figure.update_yaxes(range=[0, 1.03], row=k // across + 1, col=k % across + 1)
     return figure.update_layout(
         height=120 + 250 * math.ceil(len(columns) / across), template="hiper_lab"
     )

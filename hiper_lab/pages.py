@@ -29,7 +29,7 @@ STYLE = """<style>
 .hl{font-size:13px;line-height:1.5} .hl .s{max-height:320px;overflow:auto}
 .hl table{border-collapse:collapse;margin:4px 0} .hl td,.hl th{padding:1px 16px 1px 0;
 text-align:left;font-weight:normal;border:0;background:transparent!important;white-space:normal;
-max-width:520px;overflow-wrap:anywhere} .hl th,.hl .n{overflow-wrap:normal}
+max-width:520px;overflow-wrap:break-word}
 .hl .n{text-align:right;font-variant-numeric:tabular-nums} .hl th{opacity:.7}
 .hl summary{cursor:pointer;opacity:.8}
 .hl select{font-family:var(--jp-code-font-family,monospace);font-size:12px}
@@ -167,12 +167,16 @@ def _number(x: float | None) -> str:
     return "" if x is None or math.isnan(x) else f"{x:.4f}"
 
 
+def _cell(x: object) -> str:
+    return _number(x) if isinstance(x, float) else "" if x is pd.NA else html.escape(str(x))
+
+
 def table_html(frame: pd.DataFrame) -> str:
     """A frame as an HTML table that scrolls if it is long."""
     kinds = ["n" if pd.api.types.is_numeric_dtype(kind) else "" for kind in frame.dtypes]
 
     def row(tag: str, cells: Iterable[object]) -> str:
-        cells = (_number(x) if isinstance(x, float) else html.escape(str(x)) for x in cells)
+        cells = (_cell(x) for x in cells)
         made = (f'<{tag} class="{k}">{x}</{tag}>' for k, x in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(made)}</tr>"
 
