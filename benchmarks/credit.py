@@ -387,6 +387,15 @@ def row_of(name: str, loops: float | None, library: float) -> str:
     return f"| {name} | {ms(loops)} | {ms(library)} | {loops / library:,.0f} |"
 
 
+def write_down(result: dict, out: Path, script: str, text: str) -> None:
+    """Write the numbers of a script as JSON, and its tables into README.md."""
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    readme = HERE / "README.md"
+    pattern = rf"(<!-- {script} -->\n).*?(<!-- end -->)"
+    updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
+    readme.write_text(updated)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -406,11 +415,7 @@ def main() -> None:
     print(text)
     if arguments.out is None:
         return
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    readme = HERE / "README.md"
-    pattern = r"(<!-- credit.py -->\n).*?(<!-- end -->)"
-    updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
-    readme.write_text(updated)
+    write_down(result, arguments.out, "credit.py", text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ POSITIVE, NEGATIVE = (230, 159, 0), (155, 95, 192)  # orange and purple: safe, a
 SIGNS = [
     [0, f"rgb{NEGATIVE}"], [0.5, "rgba(127,127,127,0.12)"], [1, f"rgb{POSITIVE}"],
 ]  # fmt: skip
-SHARES = [[0, "rgba(155,95,192,0.05)"], [1, f"rgb{NEGATIVE}"]]
+LETTERS = 115  # of the labels' size, in the width of a plot
+SHARES = [[0, "#F4EEF8"], [1, f"rgb{NEGATIVE}"]]  # opaque: the numbers on it suit both themes
 
 _AXIS = {"gridcolor": "rgba(127,127,127,0.25)", "zerolinecolor": "rgba(127,127,127,0.6)"}
 # plotly's own template is 16 kB in every saved figure
@@ -141,7 +142,7 @@ def trajectory_timeline(turns: pd.DataFrame, selected: int | None = None) -> go.
     turns = _one_trajectory(turns, needed)
     x = turns["turn"]
     figure = make_subplots(3, shared_xaxes=True, row_heights=[1, 2.5, 2.8], vertical_spacing=0.06)
-    _segments(figure, turns, 0)
+    _segments(figure, turns, 0, len(turns))
     if "end" in turns:
         figure.add_annotation(
             text="ended: " + str(turns["end"].iloc[0]).replace("_", " "), showarrow=False,
@@ -196,7 +197,7 @@ def credit_comparison(
     figure = make_subplots(
         4, shared_xaxes=True, row_heights=[1, 2, 2, 2], vertical_spacing=0.05,
     )  # fmt: skip
-    _segments(figure, first, 0)
+    _segments(figure, first, 0, len(first))
     for row, frame in enumerate((a, b, b.fillna(0) - a.fillna(0)), 2):
         for level, color in COLORS.items():
             figure.add_bar(
@@ -226,21 +227,20 @@ def side_by_side(turns: pd.DataFrame, limit: int = 12) -> go.Figure:
     """
     require(turns, ["lane", "turn", "segment", "switch", "subgoal", "end"])
     lanes = list(dict.fromkeys(turns["lane"]))
-    figure = go.Figure()
-    for y, lane in enumerate(lanes[:limit]):
+    shown = lanes[:limit]
+    last, figure = turns.loc[turns["lane"].isin(shown), "turn"].max(), go.Figure()
+    for y, lane in enumerate(shown):
         rows = turns[turns["lane"] == lane].sort_values("turn")
-        _segments(figure, rows, -y)
+        _segments(figure, rows, -y, last + 4)
         figure.add_annotation(
             x=rows["turn"].max() + 0.6, y=-y, text=str(rows["end"].iloc[0]).replace("_", " "),
             showarrow=False, xanchor="left",
         )  # fmt: skip
-    shown = lanes[:limit]
     omitted = f" ({len(shown)} of {len(lanes)} trajectories)" if len(lanes) > limit else ""
     figure.update_yaxes(
         tickvals=[-y for y in range(len(shown))], ticktext=[_text(lane, 40) for lane in shown],
         automargin=True, zeroline=False, showgrid=False,
     )  # fmt: skip
-    last = turns.loc[turns["lane"].isin(shown), "turn"].max()
     figure.update_xaxes(title="turn" + omitted, zeroline=False, range=[-0.6, last + 3.5])
     figure.update_layout(barmode="overlay", height=150 + 60 * len(shown))
     return figure.update_layout(template="hiper_lab")
@@ -295,17 +295,22 @@ def learning_curves(
             banded = seeds[seeds["size"] > 1]
             half = banded["sem"] * banded["size"].map(student)
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
+            alone = {"array": half.to_numpy(), "width": 6} if len(seeds) == len(half) == 1 else None
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
                 fillcolor=rgba(color, 0.2), showlegend=False, **place,
             )  # fmt: skip
             figure.add_scatter(
                 x=seeds.index, y=seeds["mean"].to_numpy(), name=_text(run, 60), showlegend=k == 0,
-                mode="lines+markers" if column.startswith("eval/") else "lines",
-                line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", **place,
+                mode="lines+markers" if len(seeds) <= 12 else "lines",
+                line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", error_y=alone,
+                **place,
             )  # fmt: skip
     _iteration_axes(figure, metrics["iteration"], row=math.ceil(len(columns) / across))
     figure.update_yaxes(rangemode="tozero")
+    for k, column in enumerate(columns):
+        if "success" in column or "rate" in column:  # a wide band is no reason to flatten a curve
+            figure.update_yaxes(range=[0, 1.03], row=k // across + 1, col=k % across + 1)
     return figure.update_layout(
         height=120 + 250 * math.ceil(len(columns) / across), template="hiper_lab"
     )
@@ -512,15 +517,21 @@ def save(figure: go.Figure, path: Path | str) -> Path:
         temporary.unlink(missing_ok=True)
 
 
-def _segments(figure: go.Figure, turns: pd.DataFrame, y: int) -> None:
-    """A bar per segment at height y of the first panel, and a mark where the agent said SWITCH."""
+def _segments(figure: go.Figure, turns: pd.DataFrame, y: int, across: float) -> None:
+    """A bar per segment at height y of the first panel, and a mark where the agent said SWITCH.
+
+    ``across`` is how many turns the axis shows: a name is cut to what fits into its bar.
+    """
     segments, switched = turns.groupby("segment"), turns[turns["switch"].astype(bool)]
+    names, lengths = segments["subgoal"].first(), segments.size()
+    room = (LETTERS * lengths / across).astype(int)
     figure.add_bar(
-        x=segments.size(), base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.8,
-        orientation="h", text=segments["subgoal"].first().map(_text),
-        textposition="inside", insidetextanchor="start", textangle=0, textfont={"color": "white"},
+        x=lengths, base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.8,
+        orientation="h", text=[_text(*cut) for cut in zip(names, room, strict=True)],
+        customdata=names.map(_text), textposition="inside", insidetextanchor="start", textangle=0,
+        textfont={"color": "white"}, constraintext="none",
         marker={"color": COLORS["high"], "line": {"width": 2, "color": "white"}}, showlegend=False,
-        constraintext="none", hovertemplate="%{text}<br>%{x} turns<extra></extra>",
+        hovertemplate="%{customdata}<br>%{x} turns<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
         x=switched["turn"] - 0.5, y=[y + 0.52] * len(switched), mode="markers", cliponaxis=False,

@@ -28,7 +28,8 @@ MONO = (
 STYLE = """<style>
 .hl{font-size:13px;line-height:1.5} .hl .s{max-height:320px;overflow:auto}
 .hl table{border-collapse:collapse;margin:4px 0} .hl td,.hl th{padding:1px 16px 1px 0;
-text-align:left;font-weight:normal;border:0;background:transparent!important}
+text-align:left;font-weight:normal;border:0;background:transparent!important;white-space:normal;
+max-width:520px;overflow-wrap:break-word}
 .hl .n{text-align:right;font-variant-numeric:tabular-nums} .hl th{opacity:.7}
 .hl summary{cursor:pointer;opacity:.8}
 .hl select{font-family:var(--jp-code-font-family,monospace);font-size:12px}
@@ -142,6 +143,7 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
     prompt = _block("prompt", prompt_text(trajectory, turn, config)) if now.prompt_ids else ""
     last = turn == len(trajectory.turns) - 1
     outcome = f", then the episode ended: {trajectory.end.replace('_', ' ')}" if last else ""
+    spoken = f"logprob {sum(now.logprobs):.4f}, " if now.logprobs else ""
     after = trajectory.final_observation if last else trajectory.turns[turn + 1].observation
     return (
         f"<div>task: {html.escape(trajectory.task)}</div>"
@@ -149,7 +151,7 @@ def turn_html(trajectory: Trajectory, turn: int, by: str, config: dict[str, Any]
         f"{prompt}<div style='margin-top:6px'>{token_strip(response_tokens(trajectory, turn), by)}"
         f"</div>{problems if now.problems else ''}<table><tr><th></th><th>decision</th>"
         f"<th class='n'>value</th><th class='n'>advantage</th></tr>{rows}</table>"
-        f"<div>logprob {sum(now.logprobs):.4f}, reward {now.reward:g}{outcome}</div>"
+        f"<div>{spoken}reward {now.reward:g}{outcome}</div>"
         f"{_block('what came of it', after, last)}"
     )
 
@@ -165,12 +167,16 @@ def _number(x: float | None) -> str:
     return "" if x is None or math.isnan(x) else f"{x:.4f}"
 
 
+def _cell(x: object) -> str:
+    return _number(x) if isinstance(x, float) else "" if x is pd.NA else html.escape(str(x))
+
+
 def table_html(frame: pd.DataFrame) -> str:
     """A frame as an HTML table that scrolls if it is long."""
     kinds = ["n" if pd.api.types.is_numeric_dtype(kind) else "" for kind in frame.dtypes]
 
     def row(tag: str, cells: Iterable[object]) -> str:
-        cells = (_number(x) if isinstance(x, float) else html.escape(str(x)) for x in cells)
+        cells = (_cell(x) for x in cells)
         made = (f'<{tag} class="{k}">{x}</{tag}>' for k, x in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(made)}</tr>"
 

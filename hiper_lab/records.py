@@ -47,12 +47,13 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         if isinstance(source, Path | str):
             self.folder = Path(source)
             self.name = name or self.folder.resolve().name.split(".jsonl")[0]
-            if (self.folder / "config.json").is_file():
-                self.config = json.loads((self.folder / "config.json").read_text())
         else:
             self.name, self._here = name or "rollouts", list(source)
         self.refresh()
-        if not self.files and not self.config:
+        begun = (
+            self.folder and (self.folder / "manifest.json").is_file()
+        )  # before its kernel starts
+        if not (self.files or self.config or begun):
             raise ValueError(f"{self.folder or 'the list'} holds no recorded trajectories")
 
     def refresh(self) -> None:
@@ -62,6 +63,8 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         elif self.folder.is_file():
             self.files = {0: self.folder}
         elif self.folder.is_dir():
+            if not self.config and (config := self.folder / "config.json").is_file():
+                self.config = json.loads(config.read_text())
             found = (self.folder / "rollouts").glob("[0-9]*.jsonl*")
             self.files = {int(path.name.split(".")[0]): path for path in sorted(found)}
         else:
@@ -103,20 +106,21 @@ def overview(trajectories: list[Trajectory]) -> tuple[pd.DataFrame, pd.DataFrame
 def sample(runs: Mapping[str, list[Rollouts]], count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`overview` of several runs over training, of ``count`` evenly spaced iterations of each seed.
 
-    Both frames gain ``run``, ``iteration`` and ``address``, the turns ``game`` and ``task`` too.
+    Both frames gain ``run``, ``replica`` (which of the run's seeds, from 0), ``iteration`` and
+    ``address``, the turns ``game`` and ``task`` too.
 
     Raises:
         ValueError: If none of them has recorded trajectories.
     """
     frames, turns = [], []
     for run, seeds in runs.items():
-        for rollouts in seeds:
+        for replica, rollouts in enumerate(seeds):
             there = list(rollouts)[::-1]
             for iteration in there[:: max(1, math.ceil(len(there) / count))][::-1]:
                 frame, rows = overview(rollouts[iteration])
                 where = f"{rollouts.name}/{iteration}/" + frame["trajectory"]
-                frame = frame.assign(run=run, iteration=iteration, address=where)
-                keys = ["trajectory", "run", "iteration", "address", "game", "task"]
+                frame = frame.assign(run=run, replica=replica, iteration=iteration, address=where)
+                keys = ["trajectory", "run", "replica", "iteration", "address", "game", "task"]
                 frames.append(frame)
                 turns.append(rows.merge(frame[keys], on="trajectory"))
     if not frames:

@@ -156,7 +156,7 @@ def _record(
         prompt_ids=episode.prompt.ids, response_ids=draft.ids, roles=draft.roles,
         logprobs=[round(x, 6) for x in draft.logprobs], chosen=draft.chosen,
         response=codec.decode(draft.ids), switch=response.switch, subgoal=response.subgoal,
-        action=response.action, problems=list(response.problems),
+        action=response.action, problems=list(response.problems), pieces=codec.spell(draft.ids),
         **{f"value_{level}": value for level, value in draft.values.items()},
     )  # fmt: skip
     episode.turns.append(turn)

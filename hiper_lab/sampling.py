@@ -12,6 +12,7 @@ log-probabilities are renormalised over the same sets both times and the PPO rat
 Left out on purpose: other engines (their adapters drive the same decoders).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,17 @@ class Codec:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def spell(self, ids: list[int]) -> list[str]:
+        """The text of each token; joined, they are what `decode` gives.
+
+        A character that several tokens make up belongs to the last of them.
+        """
+        text, pieces = self.decode(ids), [self.pieces[i] for i in ids]
+        if "".join(pieces) == text:
+            return pieces
+        ends = [len(self.decode(ids[:k]).rstrip("�")) for k in range(len(ids))]
+        return [text[a:b] for a, b in itertools.pairwise([*ends, len(text)])]
 
     def prompt(self, static: str, dynamic: str) -> Prompt:
         """Wrap the two parts in the chat template, if the tokenizer has one, and encode each."""

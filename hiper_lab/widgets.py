@@ -48,6 +48,12 @@ def _offer(control: ui.Dropdown | ui.Select, options: list[str] | list[tuple[str
     control.value = keep if keep in values else next(iter(values), None)
 
 
+def _in_order(outcomes: Iterable[str]) -> list[str]:
+    """How episodes went, in the order of the taxonomy; then the other ways in which they ended."""
+    order = {name: i for i, name in enumerate(("won", *FAILURES))}
+    return sorted(outcomes, key=lambda name: (order.get(name, len(order)), name))
+
+
 def _parts(figure: go.Figure) -> tuple[list[str], set[str]]:
     """Kinds of traces and what the layout has: what two pictures must share to be one plot."""
     return [trace.type for trace in figure.data], set(figure.layout.to_plotly_json()) - {"autosize"}
@@ -173,7 +179,10 @@ class _OfTurns(_Inspector):
 
     def listed(self) -> list[tuple[str, str]]:
         """(label, trajectory) of what the list offers."""
-        return [(f"{t.id}  {t.task}", t.id) for t in self.trajectories]
+        return [
+            (f"{t.id:<6} {t.end.replace('_', ' '):<12}{len(t.turns):>3} turns  {t.task}", t.id)
+            for t in self.trajectories
+        ]
 
     @property
     def trajectory(self) -> Trajectory:
@@ -228,7 +237,8 @@ class _OfTurns(_Inspector):
     def fill(self) -> None:
         """Offer what `listed` says, keeping what is picked if it is still there."""
         with self._mute():
-            _offer(self.listing, self.listed())
+            spaced = [(label.replace(" ", "\u00a0"), name) for label, name in self.listed()]
+            _offer(self.listing, spaced)
 
     def _pick(self, iteration: int, trajectory: str | None = None, turn: int = 0) -> None:
         if trajectory is None:  # the first one listed there
@@ -262,15 +272,19 @@ class TrajectoryInspector(_OfTurns):
             description="switch rate", min=0, max=1, step=0.05, value=(0, 1), layout=FIELD
         )
         self.search = ui.Text(
-            description="search", placeholder="in task, subgoal, action, observation",
+            description="search", placeholder="in all its texts",
             continuous_update=False, layout=FIELD,
         )  # fmt: skip
-        columns = ["trajectory", "return", "turns", "switch_rate", "failure", "task"]
+        columns = ["trajectory", "success", "return", "turns", "switch_rate", "failure", "task"]
         self.sort = ui.Dropdown(options=columns, description="sort by", layout=FIELD)
+        self.falling = ui.Checkbox(
+            description="largest first", indent=False, layout={"width": "150px"}
+        )
         self.color = ui.ToggleButtons(
             options=["role", "advantage", "logprob"], style={"button_width": "90px"}
         )
-        filters = (self.task, self.outcome, self.sort, self.turns, self.switching, self.search)
+        filters = (self.task, self.outcome, self.search, self.turns, self.switching, self.sort,
+                   self.falling)  # fmt: skip
         super().__init__(source, filters[:3], filters[3:], beside=[self.color])
         self._on(filters, self._filter)
         self._on([self.color], self.render)
@@ -278,7 +292,7 @@ class TrajectoryInspector(_OfTurns):
     def load(self, iteration: int) -> None:
         super().load(iteration)
         self._frame, self._turns = records.overview(self.trajectories)
-        failed = [name for name in (*FAILURES, "lost") if (self._frame["failure"] == name).any()]
+        failed = _in_order(set(self._frame["failure"]) - {""})
         with self._mute():
             _offer(self.task, ["all", *sorted(set(self._frame["task_type"]) - {""})])
             _offer(self.outcome, ["all", "won", "failed", *failed])
@@ -296,19 +310,20 @@ class TrajectoryInspector(_OfTurns):
         elif self.outcome.value != "all":
             shown &= frame["failure"] == self.outcome.value
         if wanted := self.search.value.strip().lower():
-            said = texts["subgoal"] + "\n" + texts["action"] + "\n" + texts["observation"]
+            said = texts["observation"].str.cat(texts[["response", "subgoal", "action"]], "\n")
             hits = texts["trajectory"][said.str.lower().str.contains(wanted, regex=False)]
             task = frame["task"].str.lower().str.contains(wanted, regex=False)
             shown &= task | frame["trajectory"].isin(set(hits))
         columns = ["trajectory", "task", "task_type", "success", "failure", "return", "turns",
                    "segments", "switch_rate", "malformed"]  # fmt: skip
-        return frame[shown].sort_values(self.sort.value, kind="stable")[columns]
+        rising = not self.falling.value
+        return frame[shown].sort_values(self.sort.value, ascending=rising, kind="stable")[columns]
 
     def listed(self) -> list[tuple[str, str]]:
         return [
             (
                 f"{name:<6} {'won' if won else failure:<17} {turns:>3} turns {segments:>3} segments"
-                f"  switch rate {rate:.2f}  return {return_:>6.2f}  {task}".replace(" ", "\u00a0"),
+                f"  switch rate {rate:.2f}  return {return_:>6.2f}  {task}",
                 name,
             )
             for name, task, _, won, failure, return_, turns, segments, rate, _ in self.table()
@@ -348,15 +363,18 @@ class TrajectoryInspector(_OfTurns):
 
 ESTIMATORS = typing.get_args(typing.get_type_hints(CreditConfig)["estimator"])
 SLIDERS = {"gamma": "γ", "lam_low": "λ low", "lam_high": "λ high", "lam_boundary": "λ boundary"}
+SIDES = ("left", "right")
 UNFLIPPED = "left, nothing flipped"
+OTHERS = {f"left, but {name}": name for name in ESTIMATORS}
 
 
 class CreditExplorer(_OfTurns):
     """Credit under the reader's own γ, λ and estimator, beside that of another configuration.
 
     The left configuration (first panel) follows the sliders; a preset sets them all. The right one
-    (second panel) is a preset, the run's own configuration, or the left one with nothing flipped. A
-    click on a bar says which terms add up to that advantage.
+    (second panel) is a preset, the run's own configuration, or the left one with another estimator
+    or with nothing flipped. A click on a bar says which terms add up to that advantage, on both
+    sides.
 
     ``flip`` turns a KEEP into a SWITCH or back: segments split or merge and credit is computed
     again. It is a counterfactual of the estimator, not of the world: what was done, seen and
@@ -382,7 +400,10 @@ class CreditExplorer(_OfTurns):
         self.preset = ui.Dropdown(options=names, description="left", layout=FIELD)
         self.estimator = ui.Dropdown(options=ESTIMATORS, description="estimator", layout=FIELD)
         self.right = ui.Dropdown(
-            options=[*names, UNFLIPPED], value="paper", description="right", layout=FIELD
+            options=[*names, UNFLIPPED, *OTHERS],
+            value="paper",
+            description="right",
+            layout=FIELD,
         )
         self.sliders = {
             name: ui.FloatSlider(
@@ -408,8 +429,11 @@ class CreditExplorer(_OfTurns):
     def load(self, iteration: int) -> None:
         super().load(iteration)
         self.flips.clear()
-        grid = to_grid(self.trajectories)
-        reward = grid.reward * self.rollouts.config.get("reward_scale", 1.0)
+        self._computed: tuple[Any, list[tuple[TurnGrid, Credit]]] = (None, [])
+        config = self.rollouts.config
+        similarity = config.get("credit", {}).get("anchor_similarity", 1.0)
+        grid = to_grid(self.trajectories, similarity)
+        reward = grid.reward * config.get("reward_scale", 1.0)
         self.grid = grid._replace(reward=reward)
         self.values = Values(*(v.nan_to_num(0.0) for v in to_values(self.trajectories)))
         self._rows = {t.id: i for i, t in enumerate(self.trajectories)}
@@ -420,12 +444,20 @@ class CreditExplorer(_OfTurns):
         numbers = {name: slider.value for name, slider in self.sliders.items()}
         return replace(self.presets[self.preset.value], estimator=self.estimator.value, **numbers)
 
+    @property
+    def configs(self) -> tuple[CreditConfig, CreditConfig]:
+        """The left configuration and the right one."""
+        left, name = self.config, self.right.value
+        if name not in self.presets:
+            return left, replace(left, estimator=OTHERS.get(name, left.estimator))
+        return left, self.presets[name]
+
     def names(self) -> tuple[str, str]:
         """What the two configurations are called."""
-        preset, config = self.presets[self.preset.value], self.config
-        changed = "" if config == preset else ", changed"
-        right = self.presets.get(self.right.value, config).estimator
-        return f"{self.preset.value}{changed}: {config.estimator}", f"{self.right.value}: {right}"
+        (left, right), name = self.configs, self.right.value
+        changed = "" if left == self.presets[self.preset.value] else ", changed"
+        said = name if name in OTHERS else f"{name}: {right.estimator}"
+        return f"{self.preset.value}{changed}: {left.estimator}", said
 
     def _set_sliders(self) -> None:
         preset = self.presets[self.preset.value]
@@ -468,12 +500,14 @@ class CreditExplorer(_OfTurns):
         Raises:
             ValueError: If an estimator needs what these trajectories do not have.
         """
-        left, name = self.flipped(), self.right.value
-        right = self.grid if name == UNFLIPPED else left
-        return [
-            (left, estimate(left, self.values, self.config)),
-            (right, estimate(right, self.values, self.presets.get(name, self.config))),
-        ]
+        state = self.loaded, frozenset(self.flips), self.right.value, self.configs
+        if self._computed[0] != state:  # picture, tables and text of one redraw share it
+            flipped = self.flipped()
+            grids = flipped, self.grid if self.right.value == UNFLIPPED else flipped
+            pairs = zip(grids, self.configs, strict=True)
+            made = [(grid, estimate(grid, self.values, config)) for grid, config in pairs]
+            self._computed = state, made
+        return self._computed[1]
 
     def frames(self) -> list[pd.DataFrame]:
         """The turns of the selected trajectory with the credit of the left and of the right."""
@@ -515,29 +549,42 @@ class CreditExplorer(_OfTurns):
         columns = ["level", "spread left", "spread right", "correlation", "same sign"]
         return pd.DataFrame(rows, columns=columns)
 
-    def explain(self) -> pd.DataFrame:
-        """The terms that add up to the left advantage of the selected turn and level.
+    def explain(self, side: str = "left") -> pd.DataFrame:
+        """The terms that add up to the advantage of the selected turn and level.
+
+        Args:
+            side: By which configuration, ``"left"`` or ``"right"``.
 
         Raises:
-            ValueError: If no subgoal was chosen at that turn.
+            ValueError: If no subgoal was chosen at that turn, or side is another.
         """
+        if side not in SIDES:
+            raise ValueError(f"side is {side!r}, expected left or right")
         _, name, turn = self.selection
-        row, level = self._rows[name], self.level.value
-        return explain(self.flipped(), self.values, self.config, row, turn, level)
+        k = SIDES.index(side)
+        grid = self.compute()[k][0]
+        return explain(grid, self.values, self.configs[k], self._rows[name], turn, self.level.value)
+
+    def _explained(self, side: str) -> str:
+        try:
+            terms = self.explain(side)
+        except ValueError as error:
+            return escape(str(error))
+        parts = " ".join(f"{x:+.4f}" for x in terms["contribution"])
+        return f"{terms['contribution'].sum():.4f} = {parts}{pages.table_html(terms)}"
 
     def details(self) -> str:
         level, turn = self.level.value, self.selection[2]
-        try:
-            terms = self.explain()
-            parts = " ".join(f"{x:+.4f}" for x in terms["contribution"])
-            why = f"<div>{terms['contribution'].sum():.4f} = {parts}</div>{pages.table_html(terms)}"
-        except ValueError as error:
-            why = f"<div>{escape(str(error))}</div>"
+        why = "".join(
+            f"<div style='flex:1 1 480px;min-width:0'>The {side} advantage of the {NAMES[level]} "
+            f"at turn {turn}, term by term ({escape(name)}):<br>{self._explained(side)}</div>"
+            for side, name in zip(SIDES, self.names(), strict=True)
+        )
         flips = ", ".join(f"{name}:{turn}" for name, turn in sorted(self.flips)) or "none"
         return (
             f"<b>{escape(self.address)}</b>, flipped turns: {escape(flips)}"
-            f"<div style='margin:8px 0;border-left:4px solid {COLORS[level]};padding-left:8px'>"
-            f"The left advantage of the {NAMES[level]} at turn {turn}, term by term:{why}</div>"
+            f"<div style='margin:8px 0;border-left:4px solid {COLORS[level]};padding-left:8px;"
+            f"display:flex;flex-wrap:wrap;gap:8px 24px'>{why}</div>"
             f"All {len(self.trajectories)} trajectories:{pages.table_html(self.summary())}"
         )
 
@@ -623,14 +670,16 @@ class RunComparer(_Inspector):
         groups = frame.groupby(["run", "iteration", "kind"], sort=False)["success"]
         shares = groups.agg(share="mean", n="size").reset_index()
         shares = shares.sort_values(["kind", "iteration"], kind="stable")
-        return figures.share_map(shares, "success per task type"), shares
+        panels = "success, " + frame["kind"].replace("", "no task type")
+        each = [frame["run"], frame["replica"].rename("seed"), frame["iteration"], panels]
+        curves = frame["success"].groupby(each, sort=False).mean().unstack().reset_index()
+        panels = tuple(sorted(set(panels)))
+        return figures.learning_curves(curves, panels, self.smooth.value), shares
 
     def _failures(self) -> tuple[go.Figure, pd.DataFrame]:
         frame = self.recorded()[0]
         kinds = pd.get_dummies(frame["failure"].replace("", "won"), dtype=float)
-        order = [k for k in ("won", *FAILURES) if k in kinds] + sorted(
-            set(kinds) - {"won", *FAILURES}
-        )
+        order = _in_order(kinds)
         by = [frame["run"], frame["iteration"]]
         shares = kinds[order].groupby(by, sort=False).mean().melt(
             var_name="kind", value_name="share", ignore_index=False
@@ -657,6 +706,12 @@ class RunComparer(_Inspector):
         columns = ["address", "success", "failure", "return", "turns", "segments", "switch_rate"]
         return figures.side_by_side(turns), shown[columns]
 
+    def render(self) -> None:
+        curves, same = ("learning curves", "task types"), ("same task",)
+        for control, views in ((self.smooth, curves), (self.game, same)):  # where they do something
+            control.layout.display = None if self.view.value in views else "none"
+        super().render()
+
     def figure(self) -> go.Figure:
         return self.views[self.view.value]()[0]
 
@@ -679,20 +734,23 @@ class LiveMonitor(_Inspector):
     """A run while another process writes it: its curves, how far it is, its newest trajectories.
 
     It only reads. ``refresh()`` looks once; ``start()`` keeps looking, also while other cells run
-    in turn, until ``stop()``.
+    in turn, until ``stop()``; so do its buttons.
 
     Args:
-        folder: The run's folder; it may still be empty but for ``config.json``.
+        folder: The run's folder; it may still be empty but for ``manifest.json``.
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        ValueError: If it is not the folder of a run.
     """
 
     def __init__(self, folder: Path | str):
         self.rollouts, self._task = Rollouts(folder), None
         self.button = ui.Button(description="refresh", icon="refresh")
+        self.follow = ui.ToggleButton(description="follow", icon="play")
+        super().__init__([self.button, self.follow])
         self.button.on_click(lambda _: self.refresh())
-        super().__init__([self.button])
+        self._on([self.follow], lambda: self.start() if self.follow.value else self.stop())
         self.refresh()
 
     def refresh(self) -> None:
@@ -711,12 +769,16 @@ class LiveMonitor(_Inspector):
 
         self.stop()
         self._task = asyncio.get_running_loop().create_task(follow())
+        with self._mute():
+            self.follow.value = True
 
     def stop(self) -> None:
         """Stop refreshing."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        with self._mute():
+            self.follow.value = False
 
     def inspect(self) -> TrajectoryInspector:
         """An inspector of what has been recorded so far."""

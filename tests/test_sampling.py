@@ -55,6 +55,8 @@ def test_sampler_and_trainer_agree(kind, decoding):
     codec, played = play(policy, decoding=decoding, template="compact", temperature=0.8)
     samples = objective.pack(played, codec, decoding, 16)
     assert all(0 < len(s.at) for s in samples)
+    for turn in (turn for episode in played for turn in episode.turns):  # what inspectors colour
+        assert len(turn.pieces) == len(turn.response_ids) and "".join(turn.pieces) == turn.response
     for index in objective.micro_batches([len(s.ids) for s in samples], 500):
         batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
         now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 0.8)
@@ -140,6 +142,17 @@ def test_a_name_that_begins_another_can_be_chosen():
             while True:
                 decoder.send(ids[len(draft.ids)])
         assert stop.value.value.action == action and draft.ids == ids
+
+
+@pytest.mark.parametrize(
+    "text", ["<switch>KEEP</switch>", "é 😀 mug", "x\ufffdy\ufffd", "日本 語", ""]
+)
+def test_tokens_are_spelled_out_so_that_they_add_up(text):
+    codec = Codec(load_model("tiny", "cpu")[1])
+    ids = list(codec.encode(text))
+    pieces = codec.spell(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == codec.decode(ids) == text
+    assert [p for p in pieces if p] == pieces or len(ids) > len(text)  # some share a character
 
 
 def test_replay_refuses_a_record_of_other_settings():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,11 +17,11 @@ import traitlets
 from nbclient import NotebookClient
 from recorded import make_run
 
-from hiper_lab import figures, pages, trajectory
+from hiper_lab import figures, pages, trajectory, widgets
 from hiper_lab.credit import CreditConfig, estimate
 from hiper_lab.figures import COLORS
 from hiper_lab.records import Rollouts, from_table
-from hiper_lab.trajectory import to_grid, to_values, turn_frame
+from hiper_lab.trajectory import EndReason, to_grid, to_values, turn_frame
 from hiper_lab.widgets import (
     UNFLIPPED,
     CreditExplorer,
@@ -126,6 +127,9 @@ def test_filters_sorting_and_search(run):
     assert [name for _, name in inspector.listing.options] == inspector.table()[
         "trajectory"
     ].tolist()
+    inspector.sort.value, inspector.falling.value = "success", True
+    assert inspector.table()["success"].is_monotonic_decreasing
+    inspector.falling.value = False
     inspector.turns.value = (1, 7)
     assert inspector.table()["turns"].max() <= 7 < whole["turns"].max()
     inspector.turns.value = (1, 100)
@@ -148,6 +152,16 @@ def test_an_outcome_is_one_of_those_that_happened(run):
     name = sorted(failed)[0]
     inspector.outcome.value = name
     assert set(inspector.table()["failure"]) == {name}
+
+
+def test_every_way_to_fail_can_be_filtered(run):
+    made = Rollouts(run)[3][:3]
+    ends = (EndReason.ERROR, EndReason.TOKEN_LIMIT, EndReason.WON)
+    calm = [replace(turn, switch=False, subgoal="go") for turn in made[1].turns[:2]]
+    inspector = TrajectoryInspector(
+        [replace(t, turns=calm, end=end) for t, end in zip(made, ends, strict=True)]
+    )
+    assert inspector.outcome.options == ("all", "won", "failed", "error", "token limit")
 
 
 def test_the_text_of_a_turn_is_complete_and_is_text(run):
@@ -305,6 +319,36 @@ def test_the_terms_of_an_explanation_add_up(run, preset):
         assert f"{total:.4f} = " in explorer.text.value
 
 
+def test_any_estimator_can_stand_on_the_right(run):
+    """The same numbers, another estimator: what would RLOO, or GAE, have said instead?"""
+    explorer = CreditExplorer([replace(t, game="one") for t in Rollouts(run)[3]])
+    explorer.sliders["gamma"].value = 0.9
+    for name in ("gae", "monte_carlo", "grpo", "rloo", "rloo_rows", "gigpo"):
+        explorer.right.value = f"left, but {name}"
+        assert explorer.names()[1] == f"left, but {name}"
+        config = replace(explorer.config, estimator=name)
+        expected = estimate(explorer.grid, explorer.values, config)
+        n = len(explorer.trajectory.turns)
+        np.testing.assert_allclose(explorer.table()["low_right"], expected.low[0, :n], atol=1e-6)
+        total = explorer.explain("right")["contribution"].sum()
+        assert total == pytest.approx(float(expected.switch[0, 0]), abs=1e-5)
+        assert f"({explorer.names()[1]}):" in explorer.text.value
+    with pytest.raises(ValueError, match="side is 'both', expected left or right"):
+        explorer.explain("both")
+
+
+def test_a_redraw_computes_each_side_once(run, monkeypatch):
+    explorer, seen = CreditExplorer(run), []
+    monkeypatch.setattr(widgets, "estimate", lambda *a: seen.append(a[2].estimator) or estimate(*a))
+    explorer.sliders["gamma"].value = 0.7
+    assert seen == ["hae", "hae"]
+    explorer.turn.value = 1  # the same credit, seen from elsewhere
+    explorer.table(), explorer.summary(), repr(explorer)
+    assert seen == ["hae", "hae"]
+    explorer.flip.click()
+    assert len(seen) == 4
+
+
 def test_a_click_on_a_bar_explains_it(run):
     explorer = CreditExplorer(run)
     bar = next(t for t in explorer.plot.data if t.legendgroup == "low")
@@ -448,18 +492,47 @@ def test_the_monitor_follows_without_being_asked(tmp_path):
         monitor = LiveMonitor(tmp_path / "live")
         before = sorted((tmp_path / "live").rglob("*"))
         monitor.start(seconds=0.01)
+        assert monitor.follow.value
         make_run(tmp_path / "live", iterations=2)
         for _ in range(500):
             await asyncio.sleep(0.01)
             if "iteration 2" in monitor.digest():
                 break
         seen.append(monitor.digest())
-        monitor.stop()
+        monitor.follow.value = False  # a reader presses it
+        assert monitor._task is None
         monitor.stop()  # twice is once
         assert len(sorted((tmp_path / "live").rglob("*"))) == len(before) + 1  # it wrote nothing
 
     asyncio.run(watch())
     assert "iteration 2 of" in seen[0]
+
+
+@pytest.mark.slow
+def test_a_papermill_run_in_another_process_is_followed(tmp_path):
+    folder, parameters = tmp_path / "live", tmp_path / "x.yaml"
+    parameters.write_text(
+        "{iterations: 3, episodes: 4, max_turns: 4, eval_games: 2, warmup_iterations: 1,"
+        " rollout_every: 1}"
+    )
+    command = [sys.executable, "-m", "hiper_lab.runs", "launch", parameters, "--out", folder]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        monitor, seen = None, []
+        while process.poll() is None:
+            time.sleep(0.3)
+            if monitor is None and (folder / "manifest.json").exists():
+                monitor = LiveMonitor(folder)
+            if monitor:
+                monitor.button.click()
+                seen.append((repr(monitor), len(monitor.table())))
+    assert process.returncode == 0 and seen[0] == ("LiveMonitor(live, iteration 0 of ?)", 0)
+    assert len(set(seen)) > 2, seen[-1]  # not only its beginning and its end
+    monitor.refresh()
+    assert monitor.digest().startswith("live, iteration 3 of 3") and len(monitor.table()) == 4
+    assert shown_is(monitor) and monitor.inspect().address == "live/3/0000:0"
+    # what was really sampled can be read token by token
+    tokens = pages.response_tokens(monitor.inspect().trajectory, 0)
+    assert set(tokens["role"]) >= {"subgoal", "action"} and tokens["piece"].str.len().sum() > 0
 
 
 # ----------------------------------------------------------------------------------- static twins
