@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hiper_lab.launcher import NOTEBOOK, check, launch, read_experiment
 from hiper_lab.results import ERROR, results
-from hiper_lab.train import RunFolder, TrainConfig, check_type
+from hiper_lab.train import RunFolder, TrainConfig, check_type, sole_writer
 from hiper_lab.trajectory import write_atomic
 
 
@@ -225,11 +225,17 @@ def sweep(
 
     Raises:
         ValueError: Before anything starts: if a folder holds a run with another configuration.
+        BlockingIOError: Before anything starts: if another sweep runs in the folder.
     """
-    folder, place = Path(folder), Path.cwd()
     processes = plan.processes if processes is None else processes
     if processes < 1:
         raise ValueError(f"processes is {processes}, expected at least 1")
+    with sole_writer(folder):
+        return _sweep(plan, Path(folder), processes, on_ray)
+
+
+def _sweep(plan: Sweep, folder: Path, processes: int, on_ray: bool) -> pd.DataFrame:
+    place = Path.cwd()
     configs = {name: TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
     for name in sorted(configs, key=lambda name: not (folder / name / "config.json").exists()):
         RunFolder(folder / name, configs[name])

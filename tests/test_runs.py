@@ -55,6 +55,18 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_in_use_is_refused_before_a_kernel_starts(
+    tmp_path, no_kernel, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "PATIENCE", 0.0)
+    experiment = tmp_path / "x.yaml"
+    experiment.write_text("iterations: 1\n")
+    with train.sole_writer(tmp_path / "run"):
+        assert runs.main(["launch", str(experiment), "--out", str(tmp_path / "run")]) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_the_command_line_says_what_is_wrong(tmp_path, no_kernel, capsys):
     experiment = tmp_path / "x.yaml"
     experiment.write_text("lr: [1]\n")
