@@ -79,20 +79,6 @@ def test_the_command_line_says_what_is_wrong(tmp_path, no_kernel, capsys):
     assert "no experiment" in capsys.readouterr().err and experiment.exists()
 
 
-def test_every_experiment_is_a_valid_configuration(root):
-    files = sorted((root / "experiments").glob("*.yaml"))
-    assert {f.stem for f in files} >= {
-        "tiny_household",
-        "alfworld_qwen2.5_1.5b",
-        "alfworld_qwen2.5_7b",
-    }
-    for file in files:
-        if "grid" in (parameters := runs.read_experiment(file)):
-            assert runs.read_sweep(file).runs
-        else:
-            train.TrainConfig.from_parameters(parameters)
-
-
 @pytest.mark.slow
 def test_papermill_run_end_to_end(tmp_path, capsys, root):
     folder, experiment = tmp_path / "run", tmp_path / "x.yaml"
