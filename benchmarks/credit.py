@@ -377,6 +377,24 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+def machine() -> str:
+    """What this was measured on, as far as it matters."""
+    known = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", known.read_text() if known.exists() else "")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores{gpu}"
+
+
+def publish(script: str, text: str) -> None:
+    """Put a script's results into README.md, between its marks."""
+    readme = HERE / "README.md"
+    pattern = rf"(<!-- {script} -->\n).*?(<!-- end -->)"
+    found = re.sub(
+        pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text(), count=1, flags=re.DOTALL
+    )
+    readme.write_text(found)
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
 
@@ -396,21 +414,15 @@ def main() -> None:
     if arguments.memory:
         print(memory_over_inputs())
         return
-    gpu = torch.cuda.is_available()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
     result = {
-        "machine": machine + (f", {torch.cuda.get_device_name()}" if gpu else ""),
-        "torch": torch.__version__, "cpu": on_cpu(), "gpu": on_gpu() if gpu else [],
+        "machine": machine(), "torch": torch.__version__,
+        "cpu": on_cpu(), "gpu": on_gpu() if torch.cuda.is_available() else [],
     }  # fmt: skip
     text = report(result)
     print(text)
-    if arguments.out is None:
-        return
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    readme = HERE / "README.md"
-    pattern = r"(<!-- credit.py -->\n).*(<!-- end -->)"
-    updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
-    readme.write_text(updated)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        publish("credit.py", text)
 
 
 if __name__ == "__main__":
