@@ -20,7 +20,8 @@ def timed(work) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def overhead() -> dict[str, float]:
+    """Seconds per run, launched one after the other and in a sweep."""
     base = read_experiment("experiments/tiny_household.yaml") | SMALL
     runs = {f"run-seed{k}": base | {"seed": k} for k in range(RUNS)}
     plan = Sweep(Path("notebooks/20_train.ipynb"), runs)
@@ -30,9 +31,15 @@ def main() -> None:
             lambda: [launch(p, Path(folder) / name, bar=False) for name, p in runs.items()]
         )
         swept = timed(lambda: sweep(plan, Path(folder) / "sweep"))
-    print(f"a run, launched        {launched / RUNS:5.1f} s")
-    print(f"a run, in a sweep      {swept / RUNS:5.1f} s   {swept / launched:.2f} times")
-    print(f"overhead of the sweep  {(swept - launched) / RUNS:5.1f} s per run (at most 5 wanted)")
+    return {"runs": RUNS, "launched": launched / RUNS, "swept": swept / RUNS}
+
+
+def main() -> None:
+    took = overhead()
+    launched, swept = took["launched"], took["swept"]
+    print(f"a run, launched        {launched:5.1f} s")
+    print(f"a run, in a sweep      {swept:5.1f} s   {swept / launched:.2f} times")
+    print(f"overhead of the sweep  {swept - launched:5.1f} s per run (at most 5 wanted)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the original decodes every token to find them.
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from publishing import machine, publish
 
 from hiper_lab import scan
 from hiper_lab.credit import (
@@ -387,15 +387,6 @@ def row_of(name: str, loops: float | None, library: float) -> str:
     return f"| {name} | {ms(loops)} | {ms(library)} | {loops / library:,.0f} |"
 
 
-def write_down(result: dict, out: Path, script: str, text: str) -> None:
-    """Write the numbers of a script as JSON, and its tables into README.md."""
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    readme = HERE / "README.md"
-    pattern = rf"(<!-- {script} -->\n).*?(<!-- end -->)"
-    updated = re.sub(pattern, rf"\1\n{text}\n\n\2", readme.read_text(), count=1, flags=re.DOTALL)
-    readme.write_text(updated)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -405,17 +396,14 @@ def main() -> None:
     if arguments.memory:
         print(memory_over_inputs())
         return
-    gpu = torch.cuda.is_available()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
     result = {
-        "machine": machine + (f", {torch.cuda.get_device_name()}" if gpu else ""),
-        "torch": torch.__version__, "cpu": on_cpu(), "gpu": on_gpu() if gpu else [],
+        "machine": machine(), "torch": torch.__version__,
+        "cpu": on_cpu(), "gpu": on_gpu() if torch.cuda.is_available() else [],
     }  # fmt: skip
     text = report(result)
     print(text)
-    if arguments.out is None:
-        return
-    write_down(result, arguments.out, "credit.py", text)
+    if arguments.out:
+        publish(result, arguments.out, "credit.py", text)
 
 
 if __name__ == "__main__":

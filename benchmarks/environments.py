@@ -10,22 +10,20 @@ commands. Without the extra "alfworld" only our engine is measured.
 
 import argparse
 import importlib.util
-import json
 import os
-import platform
 import random
-import re
 import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from publishing import machine, publish
+
 from hiper_lab.envs.alfworld import AlfworldEnv
 from hiper_lab.envs.games import SIZES, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, World
 from hiper_lab.envs.pool import EnvPool, reset_all, step_all
-from hiper_lab.trajectory import write_atomic
 
 REPETITIONS = 3
 SECONDS = 1.0  # of stepping, in each repetition
@@ -166,23 +164,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine() -> str:
-    """Processor, cores and Python, in words."""
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    kind = name[1].strip() if name else platform.machine()
-    return f"{kind}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-def publish(script: str, text: str) -> None:
-    """Put the tables of a script into README.md, between its two marks."""
-    readme = Path(__file__).with_name("README.md")
-    marks = rf"(<!-- {re.escape(script)} -->\n).*?(<!-- end -->)"
-    updated = re.sub(
-        marks, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text(), flags=re.DOTALL
-    )
-    write_atomic(readme, updated.encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--games", type=int, nargs="+", default=[1, 8, 64, 512])
@@ -206,8 +187,7 @@ def main() -> None:
     text = "\n\n".join([f"Measured on {result['machine']}.", *tables])
     print(text)
     if given.out:
-        write_atomic(given.out, (json.dumps(result, indent=1) + "\n").encode())
-        publish("environments.py", text)
+        publish(result, given.out, "environments.py", text)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ writes the numbers there and the tables into ``README.md`` beside this file.
 import argparse
 import gzip
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from credit import write_down
+from publishing import machine, publish
 from recorded import make_run
 
 from hiper_lab.credit import CreditConfig, estimate
@@ -143,9 +141,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "opening": opening(folder),
+            "machine": machine(), "opening": opening(folder),
             "sliders": sliders(folder), "streaming": streaming(folder, given.gigabytes),
         }  # fmt: skip
     print(report(result))
     if given.out:
-        write_down(result, given.out, "inspectors.py", report(result))
+        publish(result, given.out, "inspectors.py", report(result))

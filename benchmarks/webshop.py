@@ -23,11 +23,11 @@ import time
 import tracemalloc
 from pathlib import Path
 
-from environments import machine, publish, table
+from environments import table
+from publishing import machine, publish
 
 from hiper_lab.envs.shop import HITS, Product, Shop, document, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv, suggest_searches
-from hiper_lab.trajectory import write_atomic
 
 # Cited, not measured here: WebShop at 64fa2a5 in text mode, 1000 products, bm25s in place of
 # Lucene, random policy with one more call of get_available_actions a step, on two shared cores.
@@ -164,8 +164,7 @@ def main() -> None:
         texts.append(f"Search against Lucene ({args.lucene.name}):\n\n{table(shown)}")
     print("\n\n".join(texts))
     if args.out:
-        write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
-        publish("webshop.py", "\n\n".join(texts))
+        publish(result, args.out, "webshop.py", "\n\n".join(texts))
 
 
 if __name__ == "__main__":

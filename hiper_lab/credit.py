@@ -108,7 +108,9 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     Vᴴ_b' is 0 if it terminated, else what ``config.truncation`` says.
 
     λᴮ = 0 is the paper: nothing but Vᴴ is heard from beyond the boundary. λᴮ = λᴴ = λᴸ = 1
-    telescopes to the whole return: Âᴸₜ = Σ γᵘ⁻ᵗ rᵤ − Vᴸₜ.
+    telescopes to the whole return: Âᴸₜ = Σ γᵘ⁻ᵗ rᵤ − Vᴸₜ. ``boundary_value="low"`` puts Vᴸ in
+    the place of Vᴴ: W = (1 − λᴮ) Vᴸ_b' + λᴮ (Vᴴ_b' + Âᴴ_b'); with λᴮ = λᴸ = 0 it is one-step
+    TD on Vᴸ, as if there were no segments.
 
     ``switch_advantage="value"`` makes the switch level a matter of values alone,
 
@@ -120,7 +122,8 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     Args:
         grid: What happened. Rewards are used as they are; see `shape_rewards`.
         values: ``high`` is read at boundaries.
-        config: γ, the three λ, ``switch_advantage`` and ``truncation`` are read.
+        config: γ, the three λ, ``boundary_value``, ``switch_advantage`` and ``truncation`` are
+            read.
 
     Returns:
         Credit whose targets are advantage + value, but for ``target_switch`` as said above.
@@ -169,6 +172,9 @@ def hae(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
     high = torch.where(boundary, returns - v_high, 0)
 
     # low
+    if config.boundary_value == "low":
+        differs = torch.where(crossing, next_turn(v_low - v_high), 0)
+        arrival = arrival + (1 - config.lam_boundary) * differs
     arrival = arrival + config.lam_boundary * next_turn(high)  # W in the equations
     ahead = torch.where(inside, next_turn(v_low), arrival + cut_low)
     td_error = torch.where(real, reward + gamma * ahead - v_low, 0)
@@ -589,6 +595,7 @@ def _hae_on_gpu(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
         gamma=config.gamma, lam_low=config.lam_low, lam_high=config.lam_high,
         lam_boundary=config.lam_boundary, truncation=config.truncation,
         value_form=config.switch_advantage == "value",
+        low_boundary=config.boundary_value == "low",
     )  # fmt: skip
     return Credit(*fields)
 

@@ -109,6 +109,7 @@ _NUMBERS = {
 _CHOICES = {
     "estimator": ("hae", "gae", "monte_carlo", "grpo", "rloo", "rloo_rows", "gigpo"),
     "gae_value": ("high", "switch"),
+    "boundary_value": ("high", "low"),
     "switch_advantage": ("return", "value"),
     "truncation": ("final_state", "own_state", "zero"),
     "keep_penalty_mode": ("per_turn", "ratio"),
@@ -146,6 +147,9 @@ class CreditConfig:
     lam_boundary: float = 0.95
     """λ_B in [0, 1]: how much of the next boundary's high-level advantage its V_high is
     corrected by when low and switch bootstrap from it. 0 is the paper."""
+    boundary_value: Literal["high", "low"] = "high"
+    """What they bootstrap from, for the part that λ_B leaves: V_high of the next boundary, or
+    V_low, which knows the next subgoal already (an early draft of the released code)."""
     estimator: Literal["hae", "gae", "monte_carlo", "grpo", "rloo", "rloo_rows", "gigpo"] = "hae"
     """``"hae"`` is hierarchical; the rest (see `hiper_lab.flat`) give every role of a turn one
     flat advantage."""

@@ -31,7 +31,7 @@ from traitlets import default
 
 import hiper_lab
 from hiper_lab.records import read_metrics
-from hiper_lab.train import TrainConfig
+from hiper_lab.train import TrainConfig, sole_writer
 from hiper_lab.trajectory import write_atomic
 
 NOTEBOOK = Path("notebooks") / "20_train.ipynb"
@@ -142,14 +142,15 @@ def launch(
 
     Raises:
         ValueError: On a bad parameter, before anything is written or started.
+        BlockingIOError: Before a kernel starts, if another run writes into the folder.
         papermill.PapermillExecutionError: If a cell fails; the executed notebook shows where.
     """
     config = check(parameters, notebook)
     folder, notebook = Path(folder), Path(notebook)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "manifest.json").exists():
-        text = json.dumps(manifest(config), indent=1) + "\n"
-        write_atomic(folder / "manifest.json", text.encode())
+    with sole_writer(folder):  # from here on by `train`, in the kernel
+        if not (folder / "manifest.json").exists():
+            text = json.dumps(manifest(config), indent=1) + "\n"
+            write_atomic(folder / "manifest.json", text.encode())
     executed = folder / notebook.name
     with _progress(folder, config.iterations) if bar else nullcontext():
         execute(notebook, executed, {**parameters, "run_folder": str(folder)})

@@ -3,6 +3,7 @@
 - ``python -m hiper_lab.runs launch experiments/tiny_household.yaml``: one run, by papermill.
 - ``… sweep experiments/hae_vs_gae.yaml --out runs/hae_vs_gae``: many, several at a time.
 - ``… results FOLDER`` and ``… report FOLDER``: what came of them, as a table and as a page.
+- ``… budget experiments/*.yaml``: what they would cost on GPUs.
 - ``… keep FOLDER INTO``: what of them is worth committing.
 - ``… refresh notebooks/02_*.ipynb``: executes the checked notebooks afresh, as they are committed.
 
@@ -21,6 +22,7 @@ import papermill
 import yaml
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from hiper_lab import budget
 from hiper_lab.launcher import (
     NOTEBOOK,
     declared,
@@ -34,15 +36,32 @@ from hiper_lab.launcher import (
 from hiper_lab.records import read_metrics
 from hiper_lab.results import ERROR, compare, curves, published, results, run_folder
 from hiper_lab.sweeps import Sweep, read_sweep, sweep
-from hiper_lab.train import check_type, parameter_names
+from hiper_lab.train import TrainConfig, check_type, parameter_names
 from hiper_lab.trajectory import Trajectory, read, save, write_atomic
 
 __all__ = [
-    "NOTEBOOK", "Sweep", "compare", "curves", "keep", "launch", "manifest", "notebook_parameters",
-    "published", "read_experiment", "read_metrics", "read_sweep", "refresh", "report", "results",
-    "summary", "sweep",
+    "NOTEBOOK", "Sweep", "compare", "configurations", "curves", "keep", "launch", "manifest",
+    "notebook_parameters", "published", "read_experiment", "read_metrics", "read_sweep", "refresh",
+    "report", "results", "summary", "sweep",
 ]  # fmt: skip
 REPORT = Path("notebooks") / "21_report.ipynb"
+
+
+def configurations(
+    path: Path | str, overrides: dict[str, Any] | None = None, base: Path | str | None = None
+) -> dict[str, TrainConfig]:
+    """The configuration of every run of a file, by the run's name: of a sweep or an experiment.
+
+    Args:
+        overrides: Parameters put on top.
+        base: As for `read_sweep`; an experiment ignores it.
+    """
+    parameters = read_experiment(path)
+    if "grid" in parameters:
+        runs = read_sweep(path, overrides, base).runs
+    else:
+        runs = {Path(path).stem: parameters | (overrides or {})}
+    return {name: TrainConfig.from_parameters(given) for name, given in runs.items()}
 
 
 def summary(folder: Path | str) -> str:
@@ -152,13 +171,24 @@ def main(arguments: list[str] | None = None) -> int:
     many.add_argument("--out", help="folder of the runs' folders (default: runs/<sweep>)")
     many.add_argument("--processes", type=int, help="runs at a time (default: the sweep's budget)")
     many.add_argument("--ray", action="store_true", help="as tasks of a Ray cluster")
+    cost = commands.add_parser("budget", help="estimate tokens, GPU-hours and memory of studies")
+    cost.add_argument("experiments", nargs="+", metavar="FILE", help="experiments or sweeps")
+    cost.add_argument("--lengths", type=float, nargs=3, metavar=("TURNS", "PROMPT", "RESPONSE"),
+                      help="means of turns per episode, and of tokens read and written per turn "
+                      "(default: typical of the environment)")  # fmt: skip
+    cost.add_argument("--utilisation", type=float, default=budget.GPU().utilisation,
+                      help="share of an H100's peak in use (default: %(default)s)")  # fmt: skip
+    cost.add_argument("--gpus", type=int, default=1, help="GPUs of a run (default: 1)")
+    cost.add_argument("--checkpointing", action="store_true", help="recompute activations")
     found = commands.add_parser("results", help="all runs below a folder, a line each")
     page = commands.add_parser("report", help="compare all runs below a folder, in one HTML page")
     kept = commands.add_parser("keep", help="copy what is worth committing of finished runs")
     for command in (found, page, kept):
         command.add_argument("folder")
     kept.add_argument("into")
-    for command in (start, many, page):
+    for command in (many, cost):
+        command.add_argument("--base", help="an experiment file instead of the sweep's own base")
+    for command in (start, many, page, cost):
         command.add_argument(
             "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="overrides",
             help="override a parameter; may be repeated",
@@ -197,9 +227,19 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Path(args.folder)
             print(f"executed notebook: {report(folder, overrides)}")
             return 0
+        if args.command == "budget":
+            gpu = budget.GPU(utilisation=args.utilisation)
+            lengths = budget.Lengths(*args.lengths) if args.lengths else None
+            print(budget.table({
+                Path(path).stem: [
+                    budget.estimate(config, lengths, gpu, args.gpus, args.checkpointing)
+                    for config in configurations(path, overrides, args.base).values()
+                ] for path in args.experiments
+            }))  # fmt: skip
+            return 0
         if args.command == "sweep":
             folder = Path(args.out or f"runs/{Path(args.experiment).stem}")
-            plan = read_sweep(args.experiment, overrides)
+            plan = read_sweep(args.experiment, overrides, args.base)
             return _report(sweep(plan, folder, args.processes, args.ray), folder)
         parameters = read_experiment(args.experiment) | overrides
         if "grid" in parameters:

@@ -48,11 +48,12 @@ def hae(
     lam_boundary: float,
     truncation: str,
     value_form: bool,
+    low_boundary: bool,
 ) -> tuple[Tensor, ...]:
     """`hiper_lab.credit.hae` in one launch: the fields of a Credit, from float32 tensors.
 
     ``reward`` to ``length`` are those of a TurnGrid, ``v_high`` to ``final`` those of Values;
-    ``value_form`` is ``switch_advantage == "value"``.
+    ``value_form`` is ``switch_advantage == "value"``, ``low_boundary`` ``boundary_value == "low"``.
     """
     floats = [x.contiguous() for x in (reward, v_high, v_low, v_switch, final)]
     flags = [x.contiguous().view(torch.uint8) for x in (boundary, terminated)]
@@ -61,7 +62,8 @@ def hae(
     with torch.cuda.device_of(reward):
         _hae[grid](
             *floats, *flags, length.contiguous(), out, *reward.shape, reward.numel(), gamma,
-            lam_low, lam_high, lam_boundary, TRUNCATION[truncation], value_form, rows, columns,
+            lam_low, lam_high, lam_boundary, TRUNCATION[truncation], value_form, low_boundary, rows,
+            columns,
         )  # fmt: skip
     return out.unbind()
 
@@ -110,7 +112,8 @@ def _reverse_scan(b_in, c_in, y_out, traj, turn, ROWS: tl.constexpr, COLUMNS: tl
 def _hae(
     reward_in, high_in, low_in, switch_in, final_in, boundary_in, terminated_in, length_in, out,
     traj, turn, size, gamma, lam_low, lam_high, lam_boundary,
-    TRUNCATION: tl.constexpr, VALUE_FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRUNCATION: tl.constexpr, VALUE_FORM: tl.constexpr, LOW_BOUNDARY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -142,7 +145,10 @@ def _hae(
         cut_high, cut_low = tl.where(cut, opened, 0.0), tl.where(cut, v_low, 0.0)
 
     # One affine map per turn: constants, and what flows in from the turn after.
-    arrival = tl.where(crossing, gamma * (1 - lam_boundary) * high_next, 0.0)
+    beyond = high_next
+    if LOW_BOUNDARY:
+        beyond = tl.load(low_in + at + 1, crossing, other=0.0)
+    arrival = tl.where(crossing, gamma * (1 - lam_boundary) * beyond, 0.0)
     from_high = tl.where(crossing, gamma * lam_boundary, 0.0)
     h = reward + gamma * (cut_high + tl.where(crossing, (1 - lam_high) * high_next, 0.0))
     hh = tl.where(inside, gamma, tl.where(crossing, gamma * lam_high, 0.0))

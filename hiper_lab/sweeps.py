@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hiper_lab.launcher import NOTEBOOK, check, launch, read_experiment
 from hiper_lab.results import ERROR, results
-from hiper_lab.train import RunFolder, TrainConfig, check_type
+from hiper_lab.train import RunFolder, TrainConfig, check_type, sole_writer
 from hiper_lab.trajectory import write_atomic
 
 
@@ -46,7 +46,9 @@ class Sweep:
     """GPUs per run, for Ray's placement; without Ray every run sees all."""
 
 
-def read_sweep(path: Path | str, overrides: dict[str, Any] | None = None) -> Sweep:
+def read_sweep(
+    path: Path | str, overrides: dict[str, Any] | None = None, base: Path | str | None = None
+) -> Sweep:
     """Read a sweep and check every run of it, so that nothing starts that can not end.
 
     ``base``: an experiment file, parameters, or a list of both (later ones win). ``grid``: axes,
@@ -56,6 +58,7 @@ def read_sweep(path: Path | str, overrides: dict[str, Any] | None = None) -> Swe
 
     Args:
         overrides: Parameters put on top of the base.
+        base: An experiment file instead of the sweep's own base: the same arms at another scale.
 
     Raises:
         FileNotFoundError: If the file, its base or its notebook is not there.
@@ -69,17 +72,18 @@ def read_sweep(path: Path | str, overrides: dict[str, Any] | None = None) -> Swe
             f"{path} has unknown {odd} and lacks {lacks}; a sweep has {sorted(needed)}, and may "
             "have notebook and budget"
         )
-    base: dict[str, Any] = {}
-    for part in given["base"] if isinstance(given["base"], list) else [given["base"]]:
+    parts = given["base"] if base is None else str(base)
+    common: dict[str, Any] = {}
+    for part in parts if isinstance(parts, list) else [parts]:
         if not isinstance(part, str | dict):
             raise ValueError(f"{path}: base has {part!r}, expected a file's name or parameters")
-        base |= part if isinstance(part, dict) else read_experiment(part)
-    base, arms = base | (overrides or {}), {}
+        common |= part if isinstance(part, dict) else read_experiment(part)
+    common, arms = common | (overrides or {}), {}
     for options in itertools.product(*_axes(path, given["grid"])):
         chosen = {name: value for _, option in options for name, value in option.items()}
         if len(chosen) < sum(len(option) for _, option in options) or "seed" in chosen:
             raise ValueError(f"{path}: an axis sets seed, or two axes set the same of {[*chosen]}")
-        arms["-".join(name for name, _ in options) or "base"] = base | chosen
+        arms["-".join(name for name, _ in options) or "base"] = common | chosen
     seeds = check_type("seeds", given["seeds"], tuple[int, ...])
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds is {list(seeds)}, expected each once, at least one")
@@ -226,11 +230,17 @@ def sweep(
 
     Raises:
         ValueError: Before anything starts: if a folder holds a run with another configuration.
+        BlockingIOError: Before anything starts: if another sweep runs in the folder.
     """
-    folder, place = Path(folder), Path.cwd()
     processes = plan.processes if processes is None else processes
     if processes < 1:
         raise ValueError(f"processes is {processes}, expected at least 1")
+    with sole_writer(folder):
+        return _sweep(plan, Path(folder), processes, on_ray)
+
+
+def _sweep(plan: Sweep, folder: Path, processes: int, on_ray: bool) -> pd.DataFrame:
+    place = Path.cwd()
     configs = {name: TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
     for name in sorted(configs, key=lambda name: not (folder / name / "config.json").exists()):
         RunFolder(folder / name, configs[name])

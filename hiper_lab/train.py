@@ -9,15 +9,18 @@ Left out on purpose: other machines (accelerate), other engines (vLLM), launchin
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import shutil
+import socket
 import time
 import types
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -371,15 +374,19 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
 
     Raises:
         ValueError: If the folder holds a run with another configuration.
+        BlockingIOError: If another training writes into the folder.
 
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
-    run = RunFolder(folder, config) if folder else None
+    with sole_writer(folder) if folder else nullcontext():
+        yield from _train(config, RunFolder(folder, config) if folder else None)
+
+
+def _train(config: TrainConfig, run: "RunFolder | None") -> Iterator[StepReport]:
     state = set_up(config)
-    if run:
-        run.restore(state)
-    if state.iteration == 0:
+    resumed = run.restore(state) if run else False
+    if not resumed:
         # an interruption during the evaluation leaves nothing behind and starts over
         if config.eval_games:
             report = StepReport(0, {"iteration": 0}, evaluation=evaluate(state))
@@ -660,6 +667,40 @@ def _mean(values: list) -> float:
 # ------------------------------------------------------------------------------------------ folder
 
 
+PATIENCE = 15.0  # seconds for a run to end whose launcher was killed
+
+
+@contextmanager
+def sole_writer(folder: Path | str) -> Iterator[None]:
+    """Keep others from writing into a folder, by a lock on its file ``.lock``.
+
+    The system frees the lock when its holder ends, however that happens: nothing is ever stale.
+
+    Raises:
+        BlockingIOError: If somebody else, or an earlier call of this process, has held it for
+            15 seconds; says who.
+    """
+    file = Path(folder) / ".lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + PATIENCE
+    with file.open("a+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    lock.seek(0)
+                    raise BlockingIOError(
+                        f"{folder} is being written by {lock.read().strip()} (this is process "
+                        f"{os.getpid()}); wait for it, stop it, or use another folder"
+                    ) from error
+                time.sleep(0.1)
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+        yield
+
+
 class RunFolder:
     """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/."""
 
@@ -695,12 +736,12 @@ class RunFolder:
         if last or report.iteration % config.checkpoint_every == 0:
             save_checkpoint(state, self.path / "checkpoints" / f"{report.iteration:06d}")
 
-    def restore(self, state: State) -> None:
-        """Load the newest checkpoint, and drop metrics that are newer than it."""
+    def restore(self, state: State) -> bool:
+        """Load the newest checkpoint, if there is one, and drop metrics that are newer than it."""
         found = sorted((self.path / "checkpoints").glob("[0-9]*"))
         if not found:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
-            return
+            return False
         load_checkpoint(state, found[-1])
         lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [
@@ -708,6 +749,7 @@ class RunFolder:
         ]
         if kept != lines:
             trajectory.write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
+        return True
 
 
 def save_checkpoint(state: State, folder: Path) -> None:

@@ -121,6 +121,10 @@ def hae(trajectory, config):
     for k in reversed(range(len(table))):
         first, last = table[k]
         arrival[k] = next_value + config.lam_boundary * next_advantage
+        if config.boundary_value == "low" and k + 1 < len(table):
+            next_low = v_low[table[k + 1][0]]
+            corrected = next_value + next_advantage
+            arrival[k] = next_low + config.lam_boundary * (corrected - next_low)
         inside = sum(gamma ** (t - first) * reward[t] for t in range(first, last + 1))
         power = gamma ** (last - first + 1)
         advantage = inside + power * next_value - v_high[first]

@@ -206,6 +206,7 @@ configs = st.builds(
     lam_low=unit,
     lam_high=unit,
     lam_boundary=unit,
+    boundary_value=st.sampled_from(["high", "low"]),
     estimator=st.sampled_from(["hae", "hae", "hae", *ESTIMATORS]),
     switch_advantage=st.sampled_from(["return", "value"]),
     truncation=st.sampled_from(["final_state", "own_state", "zero"]),
@@ -355,6 +356,22 @@ def test_boundary_lambda_zero_hears_only_the_next_value():
     some = replace(PLAIN, lam_boundary=0.5)
     a, b = hae(grid, values, some), hae(other, values, some)
     assert (a.low[:, :2] != b.low[:, :2]).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds)
+def test_bootstrapping_from_the_low_value_forgets_the_segments(seed):
+    """With λ_B = λ_low = 0 it is one-step TD on V_low, whatever the plan was."""
+    grid, values, real = random_grid(seed)
+    grid = grid._replace(terminated=torch.ones_like(grid.terminated))
+    config = CreditConfig(gamma=0.9, lam_low=0.0, lam_boundary=0.0, boundary_value="low")
+    flat_td = gae(grid, values._replace(high=values.low), config)
+    expected = torch.where(real, flat_td.low, 0)
+    torch.testing.assert_close(hae(grid, values, config).low, expected, **CLOSE)
+    # and at λ_B = 1 nothing is left of either value
+    whole = replace(config, lam_boundary=1.0)
+    a, b = (hae(grid, values, replace(whole, boundary_value=v)) for v in ("high", "low"))
+    torch.testing.assert_close(a, b, **CLOSE)
 
 
 @pytest.mark.parametrize("estimator", [hae, gae])
@@ -766,8 +783,8 @@ def test_per_token():
 
 def test_fields():
     assert [f.name for f in fields(CreditConfig)] == [
-        "gamma", "lam_low", "lam_high", "lam_boundary", "estimator", "switch_advantage",
-        "truncation", "keep_penalty", "keep_penalty_mode", "invalid_penalty",
+        "gamma", "lam_low", "lam_high", "lam_boundary", "boundary_value", "estimator",
+        "switch_advantage", "truncation", "keep_penalty", "keep_penalty_mode", "invalid_penalty",
         "consistency_penalty", "consistency_requires_both", "whiten",
         "gae_value", "group_std", "step_weight", "anchor_similarity",
     ]  # fmt: skip

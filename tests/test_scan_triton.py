@@ -55,7 +55,10 @@ def test_all_three_levels_equal_the_loops(shape, form, truncation, monkeypatch):
         torch.testing.assert_close(x.cpu(), y, msg=lambda m, name=name: f"{name}: {m}", **CLOSE)
 
 
-@pytest.mark.parametrize("change", [{"lam_boundary": 0.0}, {"lam_boundary": 1.0, "lam_low": 1.0}])
+@pytest.mark.parametrize("change", [
+    {"lam_boundary": 0.0}, {"lam_boundary": 1.0, "lam_low": 1.0},
+    {"lam_boundary": 0.0, "boundary_value": "low"}, {"lam_boundary": 0.6, "boundary_value": "low"},
+])  # fmt: skip
 def test_ends_of_the_boundary_lambda(change, monkeypatch):
     config = replace(CreditConfig.lab(), **change)
     grid, values, _ = random_grid(3, 4, 9, dtype=torch.float32)

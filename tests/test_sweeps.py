@@ -14,7 +14,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from hiper_lab import runs, sweeps
+from hiper_lab import runs, sweeps, train
 
 PARAMETERS = """
 run_folder: str = ""
@@ -182,6 +182,14 @@ def test_a_folder_of_other_runs_is_refused(stand_in, tmp_path):
     with pytest.raises(ValueError, match="base-seed1 holds a run with another lr"):
         runs.sweep(runs.read_sweep(path), tmp_path / "out")
     assert not (tmp_path / "out" / "base-seed0").exists()
+
+
+def test_two_sweeps_do_not_share_a_folder(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "PATIENCE", 0.0)
+    with train.sole_writer(tmp_path / "out"):
+        assert runs.main(["sweep", str(stand_in()), "--out", str(tmp_path / "out")]) == 2
+    assert "out is being written by process" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------- running

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,6 +150,37 @@ def test_every_combination_trains_what_it_should(changes):
     frozen = {n for n, p in state.policy.named_parameters() if not p.requires_grad}
     assert all(torch.equal(before[n], p) for n, p in state.policy.named_parameters() if n in frozen)
     assert all(abs(v) < 1e6 for v in second.metrics.values())
+
+
+def test_only_one_training_writes_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PATIENCE", 0.3)
+    first = train.train(small(iterations=1), tmp_path)
+    assert next(first).iteration == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(BlockingIOError, match=f"by process {os.getpid()} on .*this is process"):
+        next(train.train(small(iterations=1), tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    first.close()  # as when a cell is interrupted
+    # what was evaluated is not evaluated again
+    assert [r.iteration for r in train.train(small(iterations=1), tmp_path)] == [1]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1]
+    assert list(train.train(small(iterations=1), tmp_path)) == []  # its end freed the folder, too
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
+    hold = "import sys, time; from hiper_lab import train\nwith train.sole_writer(sys.argv[1]): " \
+        "print('held', flush=True); time.sleep(60)"  # fmt: skip
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(train, "PATIENCE", 0.3)
+        with pytest.raises(BlockingIOError, match=f"written by process {holder.pid} on "):
+            with train.sole_writer(tmp_path):
+                pytest.fail("two writers")
+        holder.send_signal(signal.SIGKILL)
+    with train.sole_writer(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_stale_sampler_weights_are_noticed(monkeypatch):
