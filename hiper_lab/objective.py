@@ -2,7 +2,8 @@
 
 A token's advantage is the credit of its Role in its turn: SWITCH tokens get the switch level's,
 SUBGOAL tokens the high level's, ACTION tokens (and freely written FORMAT) the low level's. Injected
-tokens were no choice and have no gradient. Logits are computed only where a token is trained.
+tokens were no choice and have no gradient. Logits are computed only where a token is trained, and
+no more than `LOGITS` of them at a time.
 
 Left out on purpose: optimizers, sampling, how credit is estimated.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hiper_lab.credit import LEVELS, Credit, Values
 from hiper_lab.policy import Policy, Scores, scores
@@ -22,6 +24,8 @@ from hiper_lab.protocol import KEEP, Role
 from hiper_lab.sampling import Codec, allowed_mask, allowed_sets
 from hiper_lab.trajectory import Trajectory, Turn, boundaries
 
+# Logits held at a time: 64 MiB in float32, whatever the vocabulary and the batch.
+LOGITS = 2**24
 _LEVEL_OF_ROLE = torch.tensor([LEVELS.index(level) for level in ("switch", "high", "low", "low")])
 
 
@@ -77,7 +81,7 @@ class Batch(NamedTuple):
     at: Int[Tensor, "n"]
     token: Int[Tensor, "n"]
     role: Int[Tensor, "n"]
-    allowed: Bool[Tensor, "n vocab"] | None
+    allowed: list[np.ndarray | None] | None
     logprob_old: Float[Tensor, "n"]
     logprob_reference: Float[Tensor, "n"]
     advantage: Float[Tensor, "n"]
@@ -155,7 +159,7 @@ def micro_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
+def collate(samples: list[Sample], device: torch.device) -> Batch:
     """Samples as tensors."""
     width = max(len(s.ids) for s in samples)
     ids = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in samples], device=device)
@@ -168,12 +172,11 @@ def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
 
     row = flat([k] * len(s.at) for k, s in enumerate(samples))
     at, role = flat(s.at for s in samples), flat(s.role for s in samples)
-    allowed = allowed_mask([a for s in samples for a in s.allowed], vocab) if len(row) else None
     per_level = levels(s.advantage for s in samples)
     reference = flat((s.logprob_reference or s.logprob_old for s in samples), torch.float32)
     return Batch(
         ids=ids, row=row, at=at, token=ids[row, (at + 1).clamp_max(width - 1)], role=role,
-        allowed=None if allowed is None else allowed.to(device),
+        allowed=[a for s in samples for a in s.allowed],
         logprob_old=flat((s.logprob_old for s in samples), torch.float32),
         logprob_reference=reference,
         advantage=per_level[row, _LEVEL_OF_ROLE.to(device)[role]],
@@ -190,9 +193,31 @@ def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
 def read_scores(
     policy: Policy, batch: Batch, hidden: Tensor, temperature: float, trunk: str = "policy"
 ) -> Scores:
-    """Scores of the chosen tokens, from hidden states ``[seq, token, width]`` of a trunk."""
-    logits = policy.logits(hidden[batch.row, batch.at], trunk)
-    return scores(logits, batch.allowed, batch.token, temperature or 1.0)
+    """Scores of the chosen tokens, from hidden states ``[seq, token, width]`` of a trunk.
+
+    Where they do not all fit into `LOGITS`, logits are computed in parts, and again for the
+    gradient, so that memory depends neither on the vocabulary nor on how much is trained.
+    """
+    read, size = hidden[batch.row, batch.at], max(1, LOGITS // policy.vocab)
+
+    def score(read: Tensor, token: Tensor, sets: list[np.ndarray | None] | None) -> Scores:
+        allowed = None if sets is None else allowed_mask(sets, policy.vocab)
+        allowed = None if allowed is None else allowed.to(read.device)
+        return scores(policy.logits(read, trunk), allowed, token, temperature or 1.0)
+
+    if len(read) <= size:
+        return score(read, batch.token, batch.allowed)
+    parts = []
+    for start in range(0, len(read), size):
+        part = slice(start, start + size)
+        sets = None if batch.allowed is None else batch.allowed[part]
+        parts.append(
+            checkpoint(
+                score, read[part], batch.token[part], sets,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+        )  # fmt: skip
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def read_values(policy: Policy, batch: Batch, hidden: Tensor) -> Float[Tensor, "seq level"]:
@@ -278,7 +303,7 @@ def _read_all(policy: Policy, samples: list[Sample], tokens: int) -> Float[Tenso
     for index in micro_batches([s.action for s in samples], tokens):
         rows = [samples[i] for i in index]
         cut = [Sample(s.ids[: s.action], s.prompt, s.action, [], [], [], []) for s in rows]
-        batch = collate(cut, 0, policy.device)
+        batch = collate(cut, policy.device)
         read[index] = read_values(policy, batch, policy.hidden(batch.ids, "critic")).cpu()
     return read
 

@@ -479,7 +479,7 @@ def _score_reference(state: State, samples: list[Sample]) -> None:
     config, policy = state.config, state.policy
     for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
         rows = [samples[i] for i in index]
-        batch = objective.collate(rows, policy.vocab, policy.device)
+        batch = objective.collate(rows, policy.device)
         hidden, t = policy.hidden(batch.ids, "reference"), config.rollout.temperature
         logprob = objective.read_scores(policy, batch, hidden, t, "reference").logprob
         split = logprob.cpu().split([len(s.at) for s in rows])
@@ -506,7 +506,7 @@ def _minibatch(
     counts = counts.clamp_min(1).to(policy.device)
     state.optimizer.zero_grad()
     for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
-        batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
+        batch = objective.collate([samples[i] for i in index], policy.device)
         hidden = policy.hidden(batch.ids) if train_policy else None
         loss = torch.zeros((), device=policy.device)
         if hidden is not None and len(batch.token):

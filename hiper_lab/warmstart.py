@@ -142,7 +142,7 @@ def clone(
             optimizer.zero_grad()
             tokens = sum(len(s.at) for s in rows)
             for index in objective.micro_batches([len(s.ids) for s in rows], 8192):
-                batch = objective.collate([rows[i] for i in index], policy.vocab, policy.device)
+                batch = objective.collate([rows[i] for i in index], policy.device)
                 now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
                 (-now.logprob.sum() / tokens).backward()
                 total += now.logprob.sum().item()
