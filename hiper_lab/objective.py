@@ -127,15 +127,17 @@ def pack_turn(turn: Turn, subgoal: str, codec: Codec, decoding: str, max_new_tok
 
 def assign(
     samples: list[Sample], trajectories: list[Trajectory], values: Values, credit: Credit,
-    *, high_everywhere: bool,
+    *, rows: range | None = None, high_everywhere: bool,
 ) -> None:  # fmt: skip
     """Give every sample the advantages, targets and old values of its turn.
 
     Args:
+        rows: Whose turns the samples are; by default of all trajectories.
         high_everywhere: Train V_high at every turn (flat estimators), not only at boundaries.
     """
-    spots = [(b, t) for b, tr in enumerate(trajectories) for t in range(len(tr.turns))]
-    opens = [o for tr in trajectories for o in boundaries(tr)]
+    rows = range(len(trajectories)) if rows is None else rows
+    spots = [(b, t) for b in rows for t in range(len(trajectories[b].turns))]
+    opens = [o for b in rows for o in boundaries(trajectories[b])]
     index = tuple(torch.tensor(spots).T)
     advantage = torch.stack([credit.high, credit.low, credit.switch], -1)[index].tolist()
     target = torch.stack([credit.target_high, credit.target_low, credit.target_switch], -1)
@@ -229,6 +231,22 @@ def read_values(policy: Policy, batch: Batch, hidden: Tensor) -> Float[Tensor, "
     )
 
 
+def read(
+    policy: Policy, batch: Batch, temperature: float, train_policy: bool
+) -> tuple[Scores | None, Float[Tensor, "seq level"]]:
+    """What the loss is made of: scores of the chosen tokens, if the policy is trained; values."""
+    hidden = now = None
+    if train_policy:
+        hidden = policy.hidden(batch.ids)
+        now = read_scores(policy, batch, hidden, temperature)
+    if policy.critic != "shared":
+        hidden = policy.hidden(batch.ids, "critic")
+    elif hidden is None:  # a shared trunk is not moved by the critic alone
+        with torch.no_grad():
+            hidden = policy.hidden(batch.ids)
+    return now, read_values(policy, batch, hidden)
+
+
 @torch.no_grad()
 def evaluate(
     policy: Policy, trajectories: list[Trajectory], samples: list[Sample], tokens: int
@@ -251,7 +269,7 @@ def evaluate(
     final = torch.zeros(len(trajectories))
     cut = [b for b, tr in enumerate(trajectories) if not tr.end.terminated]
     if cut:
-        ends = [_state(trajectories[b].final_prompt_ids) for b in cut]
+        ends = [state_sample(trajectories[b].final_prompt_ids) for b in cut]
         final[cut] = _read_all(policy, ends, tokens)[:, LEVELS.index("high")]
     return Values(grid["high"], grid["low"], grid["switch"], final)
 
@@ -284,7 +302,7 @@ def mix_switch_values(
             if turn.switch:
                 kept = codec.encode(trajectory.turns[t - 1].subgoal)
                 keep = (*opening, *codec.encode(KEEP), *after_switch, *kept, *after_subgoal)
-                rows.append(_state([*turn.prompt_ids, *keep]))
+                rows.append(state_sample([*turn.prompt_ids, *keep]))
                 spots.append((b, t, beta))
     kept_low = _read_all(policy, rows, tokens)[:, LEVELS.index("low")].tolist()
     for (b, t, beta), low in zip(spots, kept_low, strict=True):
@@ -292,7 +310,7 @@ def mix_switch_values(
     return values._replace(switch=switch)
 
 
-def _state(ids: list[int]) -> Sample:
+def state_sample(ids: list[int]) -> Sample:
     """A row that only has values, all read at its end."""
     return Sample(ids, len(ids), len(ids), [], [], [], [])
 

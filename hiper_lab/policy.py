@@ -266,8 +266,12 @@ def base_of(model: PreTrainedModel) -> str:
         first = weight.detach().flatten()[:64].float().cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + first)
         size += weight.numel()
-    name = Path(model.config._name_or_path).name or type(model).__name__
-    return f"{name} ({size / 1e6:.1f}M parameters, {digest.hexdigest()[:12]})"
+    return f"{name_of(model)} ({size / 1e6:.1f}M parameters, {digest.hexdigest()[:12]})"
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What a model is called: its folder's name, or its name on the hub without the owner."""
+    return Path(model.config._name_or_path).name or type(model).__name__
 
 
 def _with_adapters(
@@ -294,9 +298,14 @@ def _with_adapters(
 ADAPTER_FILE, BASE_FILE = "adapter_config.json", "base.json"
 
 
-def save_adapter(policy: Policy, folder: Path | str) -> None:
-    """Write the policy's LoRA adapter as peft reads it, and what it is an adapter of."""
-    policy.model.save_pretrained(str(folder), selected_adapters=["default"])
+def save_adapter(policy: Policy, folder: Path | str, weights: dict[str, Tensor]) -> None:
+    """Write the policy's LoRA adapter as peft reads it, and what it is an adapter of.
+
+    Args:
+        weights: The policy's trained parameters, by their names.
+    """
+    inside = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    policy.model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=inside)
     (Path(folder) / BASE_FILE).write_text(json.dumps({"base": policy.base}) + "\n")
 
 

@@ -214,6 +214,14 @@ def free(
 
 
 DECODERS = {"guided": guided, "free": free}
+ACTION_TOKENS = 64  # room for a listed action; the longest of WebShop's searches have about 40
+
+
+def longest_response(codec: Codec, decoding: str, max_tokens: int) -> int:
+    """Tokens that a response may have at most; what a context must leave room for."""
+    if decoding == "free":
+        return max_tokens
+    return len(codec.write(True, "", "")) + max_tokens + ACTION_TOKENS
 
 
 def allowed_sets(

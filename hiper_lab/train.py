@@ -5,7 +5,10 @@ metrics, rollouts and checkpoints, and the same call resumes after any interrupt
 comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit
 on a CPU, the run that was never interrupted.
 
-Left out on purpose: other machines (accelerate), other engines (vLLM), launching (see runs).
+Under ``accelerate launch`` the same call trains on several processes (see parallel); the folder
+then has to be one that all of them see.
+
+Left out on purpose: other engines (vLLM), launching (see runs).
 """
 
 import dataclasses
@@ -16,14 +19,16 @@ import shutil
 import time
 import types
 import typing
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,9 +40,10 @@ from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
-from hiper_lab.policy import CRITICS, Policy, load_model
+from hiper_lab.parallel import Team, spread_like, whole_tensor
+from hiper_lab.policy import CRITICS, PRECISIONS, Policy, load_model, name_of, save_adapter
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, hf_sampler
+from hiper_lab.sampling import Codec, hf_sampler, longest_response
 from hiper_lab.trajectory import Trajectory
 
 ENVS = ("household", "alfworld", "webshop")
@@ -73,6 +79,12 @@ class TrainConfig:
     """Start of the separate critic; empty: a copy of the policy's start."""
     lora_rank: int = 0
     """Rank of the LoRA adapter; 0 trains all weights."""
+    adapter: str = ""
+    """Folder of the LoRA adapter to start from (as peft saves it); empty: a fresh one."""
+    precision: str = "auto"
+    """``float32``, ``bfloat16`` (what is trained stays float32), or ``auto``: bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: a third slower, far less memory."""
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
@@ -123,7 +135,7 @@ class TrainConfig:
         splits, scales = SPLITS, ("common", "none")
         for name, choices in {
             "env": ENVS, "env_size": SIZES, "critic": CRITICS,
-            "eval_split": splits, "advantage_scale": scales,
+            "precision": PRECISIONS, "eval_split": splits, "advantage_scale": scales,
         }.items():  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
@@ -173,7 +185,7 @@ class TrainConfig:
                     break
             else:
                 raise ValueError(f"unknown parameter {name!r}{_nearest(name)}")
-        credit = dataclasses.replace(getattr(CreditConfig, preset)(), **values["credit"])
+        credit = replace(getattr(CreditConfig, preset)(), **values["credit"])
         return cls(
             **values["own"], credit=credit,
             rollout=RolloutConfig(**values["rollout"]), ppo=PPOConfig(**values["ppo"]),
@@ -317,25 +329,55 @@ class State:
     config: TrainConfig
     policy: Policy
     codec: Codec
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    model: torch.nn.Module  # the policy, as it is called for its gradient
+    team: Team
     iteration: int = 0
     seconds: float = 0.0
 
 
 def set_up(config: TrainConfig) -> State:
-    """Load the models and make the optimiser."""
+    """Load the models and make the optimiser.
+
+    Raises:
+        ValueError: If a model or adapter cannot be had or does not fit, a prompt and a response do
+            not fit into the model's context, or there are more processes than groups of episodes.
+    """
+    team = Team()
+    groups = config.episodes // config.group_size
+    if groups < team.size:
+        raise ValueError(
+            f"{groups} groups of episodes, expected one for each of {team.size} processes"
+        )
     torch.manual_seed(config.seed)  # new heads and adapters
-    model, tokenizer = load_model(config.model)
-    critic_model = load_model(config.critic_model)[0] if config.critic_model else None
+    model, tokenizer = load_model(config.model, team.device)
+    critic_model = load_model(config.critic_model, team.device)[0] if config.critic_model else None
     policy = Policy(
         model, tokenizer, critic=config.critic, lora_rank=config.lora_rank,
-        critic_model=critic_model, reference=config.ppo.kl_coef > 0,
+        critic_model=critic_model, reference=config.ppo.kl_coef > 0, adapter=config.adapter,
+        precision=config.precision, gradient_checkpointing=config.gradient_checkpointing,
     ).to(model.device)  # fmt: skip
+    codec = Codec(tokenizer)
+    _check_context(policy, codec, config.rollout)
     own, critic = policy.parameters_by_owner()
     optimizer = torch.optim.AdamW(
         [{"params": list(own.values())}, {"params": list(critic.values())}], weight_decay=0.01
     )
-    return State(config, policy, Codec(tokenizer), optimizer)
+    trained, optimizer = team.prepare(policy, optimizer)
+    return State(config, policy, codec, optimizer, trained, team)
+
+
+def _check_context(policy: Policy, codec: Codec, rollout: RolloutConfig) -> None:
+    response = longest_response(codec, rollout.decoding, rollout.max_new_tokens)
+    models = [policy.lm] + ([policy.critic_model] if policy.critic == "separate" else [])
+    for model in models:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context and rollout.max_prompt_tokens + response > context:
+            raise ValueError(
+                f"max_prompt_tokens is {rollout.max_prompt_tokens} and a response may have "
+                f"{response} tokens, but the context of {name_of(model)} is {context}: "
+                f"expected max_prompt_tokens of at most {context - response}"
+            )
 
 
 def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[StepReport]:
@@ -351,8 +393,8 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
-    run = RunFolder(folder, config) if folder else None
     state = set_up(config)
+    run = RunFolder(folder, config, write=state.team.main) if folder else None
     if run:
         run.restore(state)
     if state.iteration == 0:
@@ -384,29 +426,34 @@ def _finished_early(state: State) -> bool:
 
 def step(state: State) -> StepReport:
     """One iteration: collect, credit, update. The whole method, in the order of the paper."""
-    config, policy, codec = state.config, state.policy, state.codec
+    config, policy, codec, team = state.config, state.policy, state.codec, state.team
     started = time.perf_counter()
-    first = state.iteration * (config.episodes // config.group_size)
-    envs, names = make_envs(config, "train", first, config.episodes, config.group_size)
-    seeds = [config.seed + i for i in range(config.episodes)]
-    generator = _generator(config, state.iteration, "collect", policy.device)
-    sampler = hf_sampler(policy, config.rollout.temperature, generator)
-    trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
-    collected = time.perf_counter()
-    samples = objective.pack(
-        trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
-    )
+    mine = team.share(config.episodes, config.group_size)  # all, unless there are more processes
+    first = (state.iteration * config.episodes + mine.start) // config.group_size
+    envs, names = make_envs(config, "train", first, len(mine), config.group_size)
+    seeds = [config.seed + i for i in mine]
+    generator = _generator(config, state.iteration, "collect", policy.device, team.rank)
+    with team.whole(policy):
+        sampler = hf_sampler(policy, config.rollout.temperature, generator)
+        trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
+        collected = time.perf_counter()
+        samples = objective.pack(
+            trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
+        )
+        values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
+        if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":
+            values = objective.mix_switch_values(
+                policy, codec, trajectories, values, config.micro_batch_tokens
+            )
+        if config.ppo.kl_coef:
+            _score_reference(state, samples)
+    trajectories, values = _gather(team, trajectories, values)
     grid = trajectory.to_grid(trajectories, config.credit.anchor_similarity)
     grid = grid._replace(reward=grid.reward * config.reward_scale)
-    values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
-    if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":
-        values = objective.mix_switch_values(
-            policy, codec, trajectories, values, config.micro_batch_tokens
-        )
     credit = estimate(grid, values, config.credit)
     flat = config.credit.estimator != "hae"
     scaled = scale_advantages(grid, credit) if config.advantage_scale == "common" else credit
-    objective.assign(samples, trajectories, values, scaled, high_everywhere=flat)
+    objective.assign(samples, trajectories, values, scaled, rows=mine, high_everywhere=flat)
     logged = update(state, samples)
     state.iteration += 1
     trajectory.attach(trajectories, values, credit)
@@ -414,12 +461,25 @@ def step(state: State) -> StepReport:
     metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
     metrics |= logged
     ended = time.perf_counter()
-    state.seconds += ended - started
+    state.seconds = team.gather([state.seconds + ended - started])[0]  # all have to agree
     metrics |= {
         "time/collect_s": collected - started, "time/update_s": ended - collected,
         "time/total_s": state.seconds,
     }  # fmt: skip
     return StepReport(state.iteration, metrics, trajectories, grid, values, credit)
+
+
+def _gather(
+    team: Team, trajectories: list[Trajectory], values: Values
+) -> tuple[list[Trajectory], Values]:
+    """Trajectories and values of all processes, in each."""
+    if team.size == 1:
+        return trajectories, values
+    rows = team.gather(list(zip(trajectories, *(x.tolist() for x in values), strict=True)))
+    trajectories = [replace(row[0], id=f"{k:04d}") for k, row in enumerate(rows)]
+    width = max(len(t.turns) for t in trajectories)
+    grids = [[(row[k] + [0.0] * width)[:width] for row in rows] for k in (1, 2, 3)]
+    return trajectories, Values(*map(torch.tensor, (*grids, [row[4] for row in rows])))
 
 
 def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
@@ -442,7 +502,7 @@ def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
 
 
 def update(state: State, samples: list[Sample]) -> dict[str, float]:
-    """PPO epochs over the batch.
+    """PPO epochs over the batch, of which ``samples`` are this process's.
 
     The sampler's log-probabilities are PPO's old ones. In the first minibatch, before any step, the
     trainer must reproduce them: the largest difference is logged as ``policy/logprob_gap``.
@@ -450,11 +510,11 @@ def update(state: State, samples: list[Sample]) -> dict[str, float]:
     Raises:
         RuntimeError: If they disagree by more than ``logprob_gap_limit``, or a loss is not finite.
     """
-    config = state.config
+    config, team = state.config, state.team
     warming_up = state.iteration < config.warmup_iterations
     logged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    if config.ppo.kl_coef:
-        _score_reference(state, samples)
+    sizes = team.gather([(len(s.at), s.train_high) for s in samples])  # of the whole batch
+    before = sum(team.gather([len(samples)])[: team.rank])
     progress = state.iteration / max(1, config.iterations)
     decay = 1 - (1 - config.lr_final) * progress
     for group, rate in zip(
@@ -464,13 +524,26 @@ def update(state: State, samples: list[Sample]) -> dict[str, float]:
     generator = _generator(config, state.iteration, "shuffle")
     for epoch in range(config.critic_epochs):
         train_policy = epoch < config.epochs and not warming_up
-        order = torch.randperm(len(samples), generator=generator).tolist()
+        order = torch.randperm(len(sizes), generator=generator).tolist()
         for start in range(0, len(order), config.minibatch_turns):
-            chosen = [samples[i] for i in order[start : start + config.minibatch_turns]]
+            chosen = order[start : start + config.minibatch_turns]
+            mine = [samples[i - before] for i in chosen if 0 <= i - before < len(samples)]
             on_policy = epoch == start == 0
-            _minibatch(state, chosen, train_policy, on_policy, logged)
-    means = {k: total / count for k, (total, count) in logged.items() if count}
+            _minibatch(state, mine, [sizes[i] for i in chosen], train_policy, on_policy, logged)
+    means = _means(team.gather([dict(logged)]))
     return means | {"policy/trained": float(not warming_up), "policy/lr": config.lr * decay}
+
+
+def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Means from the (sum, count) of all processes; of the gap, which is no sum, the largest."""
+    means = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        totals, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        if name == "policy/logprob_gap":
+            means[name] = max(totals)
+        elif sum(counts):
+            means[name] = sum(totals) / sum(counts)
+    return means
 
 
 @torch.no_grad()
@@ -497,48 +570,58 @@ def _check_gap(gap: float, config: TrainConfig) -> None:
 
 
 def _minibatch(
-    state: State, samples: list[Sample], train_policy: bool, on_policy: bool, logged: dict
-) -> None:
-    """One optimiser step; micro-batches add up to exactly the minibatch's gradient."""
-    config, policy = state.config, state.policy
-    tokens = max(1, sum(len(s.at) for s in samples))
-    counts = torch.tensor([sum(s.train_high for s in samples), len(samples), len(samples)])
+    state: State, samples: list[Sample], sizes: list[tuple[int, bool]], train_policy: bool,
+    on_policy: bool, logged: dict,
+) -> None:  # fmt: skip
+    """One optimiser step; micro-batches add up to exactly the minibatch's gradient.
+
+    Args:
+        samples: This process's part of the minibatch.
+        sizes: Of each row of the whole minibatch, trained tokens and whether V_high is trained.
+    """
+    config, policy, team = state.config, state.policy, state.team
+    tokens = max(1, sum(n for n, _ in sizes))
+    counts = torch.tensor([sum(high for _, high in sizes), len(sizes), len(sizes)])
     counts = counts.clamp_min(1).to(policy.device)
     state.optimizer.zero_grad()
-    for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
-        batch = objective.collate([samples[i] for i in index], policy.device)
-        hidden = policy.hidden(batch.ids) if train_policy else None
+    parts = [
+        [samples[i] for i in index]
+        for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens)
+    ]
+    rounds = max(team.gather([len(parts)]))
+    for k in range(rounds):
+        idle = k >= len(parts)  # another process has one more: go through it with it
+        rows = [objective.state_sample([0])] if idle else parts[k]
+        batch = objective.collate(rows, policy.device)
+        t = config.rollout.temperature
+        now, values = state.model(objective.read, batch, t, train_policy)
         loss = torch.zeros((), device=policy.device)
-        if hidden is not None and len(batch.token):
-            now = objective.read_scores(policy, batch, hidden, config.rollout.temperature)
-            if on_policy:
+        if now is not None:
+            if on_policy and len(batch.token):
                 gap = (now.logprob - batch.logprob_old).abs().max().item()
                 _check_gap(gap, config)
                 logged["policy/logprob_gap"] = [max(gap, logged["policy/logprob_gap"][0]), 1]
             total, sums = objective.policy_loss(batch, now, config.ppo)
             loss = loss + total / tokens
             _add(logged, sums)
-        if policy.critic != "shared":
-            hidden = policy.hidden(batch.ids, "critic")
-        elif hidden is None:  # a shared trunk is not moved by the critic alone
-            hidden = policy.hidden(batch.ids).detach()
-        per_level = objective.value_loss(
-            batch, objective.read_values(policy, batch, hidden), config.ppo.value_clip
-        )
+        per_level = objective.value_loss(batch, values, config.ppo.value_clip)
         loss = loss + config.ppo.value_coef * (per_level / counts).sum()
-        trained = batch.value_trained.sum(0).tolist()
-        _add(logged, {
-            f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
-        })  # fmt: skip
+        if idle:
+            loss = 0 * loss
+        else:
+            trained = batch.value_trained.sum(0).tolist()
+            _add(logged, {
+                f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
+            })  # fmt: skip
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"loss is {loss.item()} at iteration {state.iteration}; lower the lr"
             )
-        loss.backward()
+        team.backward(loss, last=k == rounds - 1)
     for group, name in zip(state.optimizer.param_groups, ("policy", "value"), strict=True):
         norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         if train_policy or name == "value":
-            _add(logged, {f"{name}/grad_norm": (norm.item(), 1)})
+            _add(logged, {f"{name}/grad_norm": (whole_tensor(norm).item(), 1)})
     state.optimizer.step()
 
 
@@ -548,9 +631,12 @@ def _add(logged: dict, sums: dict[str, tuple[float, float]]) -> None:
         logged[name][1] += count
 
 
-def _generator(config: TrainConfig, iteration: int, purpose: str, device="cpu") -> torch.Generator:
+def _generator(
+    config: TrainConfig, iteration: int, purpose: str, device="cpu", rank: int = 0
+) -> torch.Generator:
     purposes = ("collect", "shuffle", "evaluate")
     seed = (config.seed * 1_000_003 + iteration) * len(purposes) + purposes.index(purpose)
+    seed += rank << 48  # processes sample independently, and shuffle alike
     return torch.Generator(device=device).manual_seed(seed)
 
 
@@ -598,13 +684,14 @@ def credit_metrics(
 
 def evaluate(state: State) -> Evaluation:
     """Play the held-out games with the current policy. The games are the same every time."""
-    config = state.config
-    envs, names = make_envs(config, config.eval_split, 0, config.eval_games)
-    generator = _generator(config, 0, "evaluate", state.policy.device)
-    sampler = hf_sampler(state.policy, config.eval_temperature, generator)
-    seeds = list(range(len(envs)))
-    played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=seeds)
-    won = [t.success for t in played]
+    config, policy, team = state.config, state.policy, state.team
+    mine = team.share(config.eval_games)
+    envs, names = make_envs(config, config.eval_split, mine.start, len(mine))
+    generator = _generator(config, 0, "evaluate", policy.device, team.rank)
+    with team.whole(policy):
+        sampler = hf_sampler(policy, config.eval_temperature, generator)
+        played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=list(mine))
+    won = team.gather([t.success for t in played])
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
 
 
@@ -636,44 +723,75 @@ def _mean(values: list) -> float:
 # ------------------------------------------------------------------------------------------ folder
 
 
-class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/."""
+# They decide how much memory a run takes, not what it computes: a run may go on with others.
+MEMORY_FIELDS = ("micro_batch_tokens", "gradient_checkpointing", "decode_rows")
 
-    def __init__(self, path: Path | str, config: TrainConfig):
-        self.path = Path(path)
+
+class RunFolder:
+    """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/.
+
+    Args:
+        write: This process writes them; the others of a training only read.
+
+    Raises:
+        ValueError: If the folder holds a run with another configuration.
+    """
+
+    def __init__(self, path: Path | str, config: TrainConfig, write: bool = True):
+        self.path, self.write = Path(path), write
         file = self.path / "config.json"
         ours = json.loads(json.dumps(asdict(config)))
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            changed = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+        theirs = json.loads(file.read_text()) if file.exists() else {}
+        if theirs:
+            changed = _differences(ours, theirs)
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another {', '.join(changed)}; "
                     "use another folder, or delete this one to start over"
                 )
-        else:
+        if write and theirs != ours:
             trajectory.write_atomic(file, (json.dumps(ours, indent=1) + "\n").encode())
 
     def record(self, report: StepReport, state: State, last: bool = False) -> None:
         """Write what an iteration leaves behind; the checkpoint comes last and makes it count."""
         config = state.config
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(report.metrics) + "\n")
-            file.flush()
-        if report.trajectories and (last or report.iteration % config.rollout_every == 0):
-            trajectory.save(
-                report.trajectories, self.path / "rollouts" / f"{report.iteration:06d}.jsonl.gz"
-            )
+        if self.write:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(report.metrics) + "\n")
+                file.flush()
+            if report.trajectories and (last or report.iteration % config.rollout_every == 0):
+                name = f"{report.iteration:06d}.jsonl.gz"
+                trajectory.save(report.trajectories, self.path / "rollouts" / name)
         if last or report.iteration % config.checkpoint_every == 0:
             save_checkpoint(state, self.path / "checkpoints" / f"{report.iteration:06d}")
 
     def restore(self, state: State) -> None:
-        """Load the newest checkpoint, and drop metrics that are newer than it."""
-        found = sorted((self.path / "checkpoints").glob("[0-9]*"))
+        """Load the newest checkpoint that is whole, and drop metrics that are newer than it.
+
+        Raises:
+            ValueError: If there are checkpoints and none can be used, or one is of another model.
+        """
+        found = sorted((self.path / "checkpoints").glob("[0-9]*"), reverse=True)
+        for folder in found:
+            try:
+                saved = read_checkpoint(folder)
+            except DAMAGE as error:
+                warnings.warn(f"{folder} is damaged and left out: {error}", stacklevel=2)
+                continue
+            load_checkpoint(state, saved, folder)
+            break
+        else:
+            if found:
+                raise ValueError(
+                    f"no checkpoint in {self.path} can be read, expected one of "
+                    f"{[folder.name for folder in found]}; delete the folder to start over"
+                )
+        state.team.wait()  # until all have read what is now cleaned up
+        if not self.write:
+            return
         if not found:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return
-        load_checkpoint(state, found[-1])
         lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [
             s for s in lines if s.endswith("\n") and json.loads(s)["iteration"] <= state.iteration
@@ -682,52 +800,108 @@ class RunFolder:
             trajectory.write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
 
 
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of settings that make another run of it."""
+    names = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += [name] * bool(_differences(a, b))
+        elif a != b and name not in MEMORY_FIELDS:
+            names.append(name)
+    return names
+
+
 def save_checkpoint(state: State, folder: Path) -> None:
     """Weights, optimiser and progress, complete or not at all; older checkpoints are removed.
 
-    No random state is stored: every generator is made from the seed and the iteration.
+    The file is the same whatever the number of processes, all of which have to come here; the main
+    one writes. No random state is stored: every generator is made from the seed and the iteration.
     """
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
+    policy, main = state.policy, state.team.main
+    weights = {n: p for group in policy.parameters_by_owner() for n, p in group.items()}
     moments = {
         f"{i}.{name}": tensor
         for i, entry in state.optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
     }
-    progress = {"iteration": state.iteration, "seconds": state.seconds}
-    trajectory.write_atomic(temporary / "weights.safetensors", save(_plain(weights)))
-    trajectory.write_atomic(temporary / "optimizer.safetensors", save(_plain(moments)))
+    weights, moments = _plain(weights, main), _plain(moments, main)
+    if not main:
+        return
+    progress = {"iteration": state.iteration, "seconds": state.seconds, "base": policy.base}
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    trajectory.write_atomic(temporary / "weights.safetensors", save(weights))
+    trajectory.write_atomic(temporary / "optimizer.safetensors", save(moments))
     trajectory.write_atomic(temporary / "progress.json", json.dumps(progress).encode())
+    if policy.lora_rank:
+        save_adapter(policy, temporary / "adapter", weights)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     for old in sorted(folder.parent.glob("[0-9]*"))[:-2]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(state: State, folder: Path) -> None:
-    """Put a checkpoint into a freshly set up state.
+class Checkpoint(NamedTuple):
+    """What a checkpoint's files say."""
 
-    Raises:
-        ValueError: If its weights do not fit the model.
-    """
-    weights = load_file(folder / "weights.safetensors")
-    mine = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
-    if weights.keys() != mine.keys():
-        odd = sorted(weights.keys() ^ mine.keys())[:3]
-        raise ValueError(f"{folder} does not fit this model: weights differ in {odd}, …")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(weights[name])
+    weights: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]
+    progress: dict[str, Any]
+
+
+# What reading a file may raise that was cut off, or is not there.
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """All of a checkpoint, or one of `DAMAGE`."""
+    progress = json.loads((folder / "progress.json").read_text())
+    progress["iteration"], progress["seconds"]
     moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         moments[int(index)][key] = tensor
+    return Checkpoint(load_file(folder / "weights.safetensors"), dict(moments), progress)
+
+
+def load_checkpoint(state: State, saved: Checkpoint, folder: Path) -> None:
+    """Put a checkpoint into a freshly set up state, whatever the number of processes.
+
+    Raises:
+        ValueError: If it is of another model.
+    """
+    policy = state.policy
+    base = saved.progress.get("base", policy.base)
+    if policy.lora_rank and base != policy.base:
+        raise ValueError(
+            f"{folder} is an adapter of another base model: {base!r}, but the model is "
+            f"{policy.base!r}"
+        )
+    mine = {n: p for group in policy.parameters_by_owner() for n, p in group.items()}
+    theirs = {name: tuple(weight.shape) for name, weight in saved.weights.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in mine.items()}
+    if theirs != shapes:
+        odd = sorted(n for n in theirs | shapes if theirs.get(n) != shapes.get(n))[:3]
+        raise ValueError(f"{folder} does not fit this model: weights differ in {odd}, …")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(spread_like(saved.weights[name], parameter))
+    order = list(mine.values())  # as the optimiser got them
+    moments = {
+        i: {k: spread_like(v, order[i]) if v.ndim else v for k, v in entry.items()}
+        for i, entry in saved.moments.items()
+    }
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
-    progress = json.loads((folder / "progress.json").read_text())
-    state.iteration, state.seconds = progress["iteration"], progress["seconds"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.iteration, state.seconds = saved.progress["iteration"], saved.progress["seconds"]
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _plain(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors in one piece on the CPU; processes that do not keep them only help to."""
+    plain = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor.detach())
+        if keep:
+            plain[name] = whole.cpu().contiguous()
+    return plain
