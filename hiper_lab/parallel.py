@@ -55,6 +55,10 @@ class Team:
                 f"launched for {kind}{version}, expected MULTI_CPU, MULTI_GPU or FSDP with "
                 "fsdp_version: 2; see accelerate config"
             )
+        if self.sharded:
+            # every process loads the model: tied weights do not survive sending them around
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            self._accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = str(self._accelerator.device)
 
@@ -90,9 +94,6 @@ class Team:
         """What to call in place of the policy, and the optimiser to step."""
         if self.size == 1:
             return policy, optimizer
-        if self.sharded:
-            # each process has loaded the model, tied weights and all
-            self._accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self._model, optimizer = self._accelerator.prepare(policy, optimizer)
         if self.sharded:  # the outermost module has to be the first one that runs
             with torch.no_grad():
