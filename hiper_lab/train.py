@@ -23,7 +23,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hiper_lab import objective, trajectory
+from hiper_lab import memory, objective, trajectory
 from hiper_lab.credit import LEVELS, Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
@@ -332,6 +332,8 @@ class State:
     optimizer: torch.optim.Optimizer
     model: torch.nn.Module  # the policy, as it is called for its gradient
     team: Team
+    longest: memory.Longest
+    needed: memory.Memory
     iteration: int = 0
     seconds: float = 0.0
 
@@ -342,6 +344,7 @@ def set_up(config: TrainConfig) -> State:
     Raises:
         ValueError: If a model or adapter cannot be had or does not fit, a prompt and a response do
             not fit into the model's context, or there are more processes than groups of episodes.
+        MemoryError: On a CPU, if it will not fit into memory.
     """
     team = Team()
     groups = config.episodes // config.group_size
@@ -358,26 +361,79 @@ def set_up(config: TrainConfig) -> State:
         precision=config.precision, gradient_checkpointing=config.gradient_checkpointing,
     ).to(model.device)  # fmt: skip
     codec = Codec(tokenizer)
-    _check_context(policy, codec, config.rollout)
+    longest = _longest(config, codec, team)
+    _check_context(policy, longest)
+    needed = memory.estimate(policy, longest, team.size if team.sharded else 1)
+    if policy.device.type == "cpu":
+        memory.refuse(policy, longest, needed)
     own, critic = policy.parameters_by_owner()
     optimizer = torch.optim.AdamW(
         [{"params": list(own.values())}, {"params": list(critic.values())}], weight_decay=0.01
     )
     trained, optimizer = team.prepare(policy, optimizer)
-    return State(config, policy, codec, optimizer, trained, team)
+    return State(config, policy, codec, optimizer, trained, team, longest, needed)
 
 
-def _check_context(policy: Policy, codec: Codec, rollout: RolloutConfig) -> None:
-    response = longest_response(codec, rollout.decoding, rollout.max_new_tokens)
+def _longest(config: TrainConfig, codec: Codec, team: Team) -> memory.Longest:
+    rollout = config.rollout
+    episodes = max(
+        len(team.share(config.episodes, config.group_size)), config.eval_games // team.size
+    )
+    return memory.Longest(
+        prompt=rollout.max_prompt_tokens,
+        response=longest_response(codec, rollout.decoding, rollout.max_new_tokens),
+        decode_rows=min(rollout.decode_rows or episodes, episodes),
+        micro_batch_tokens=config.micro_batch_tokens, minibatch_turns=config.minibatch_turns,
+    )  # fmt: skip
+
+
+def _check_context(policy: Policy, longest: memory.Longest) -> None:
     models = [policy.lm] + ([policy.critic_model] if policy.critic == "separate" else [])
     for model in models:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context and rollout.max_prompt_tokens + response > context:
+        if context and longest.row > context:
             raise ValueError(
-                f"max_prompt_tokens is {rollout.max_prompt_tokens} and a response may have "
-                f"{response} tokens, but the context of {name_of(model)} is {context}: "
-                f"expected max_prompt_tokens of at most {context - response}"
+                f"max_prompt_tokens is {longest.prompt} and a response may have "
+                f"{longest.response} tokens, but {name_of(model)} reads no more than {context}: "
+                f"expected max_prompt_tokens of at most {context - longest.response}"
             )
+
+
+def dry_run(state: State) -> float | None:
+    """Play and learn once from the longest batches there can be; nothing is changed by it.
+
+    Returns:
+        Peak of memory in GiB, where the device keeps count of it.
+
+    Raises:
+        MemoryError: If it does not fit, with the number to change.
+    """
+    policy, longest, optimizer = state.policy, state.longest, state.optimizer
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with memory.explained(policy, longest, "playing", None), state.team.whole(policy):
+        memory.play(policy, longest)
+    with memory.explained(policy, longest, "learning", None):
+        batch = objective.collate(memory.samples(longest), policy.device)
+        now, values = state.model(objective.read, batch, state.config.rollout.temperature, True)
+        loss = objective.policy_loss(batch, now, state.config.ppo)[0]
+        loss = loss + objective.value_loss(batch, values, state.config.ppo.value_clip).sum()
+        state.team.backward(loss, last=True)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        optimizer.step()  # makes the moments
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return _peak(policy)
+
+
+def _peak(policy: Policy) -> float | None:
+    on_gpu = policy.device.type == "cuda"
+    return torch.cuda.max_memory_allocated(policy.device) / memory.GIB if on_gpu else None
 
 
 def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[StepReport]:
@@ -388,14 +444,18 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
             run of this configuration, that run is resumed. None keeps nothing.
 
     Raises:
-        ValueError: If the folder holds a run with another configuration.
+        ValueError: If the folder holds a run with another configuration, or see `set_up`.
+        MemoryError: If memory does not suffice, with the number to change. The folder keeps what
+            was done, and the run resumes with a lower one.
 
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
     state = set_up(config)
     run = RunFolder(folder, config, write=state.team.main) if folder else None
+    peak = dry_run(state) if state.policy.device.type == "cuda" else None
     if run:
+        run.note_memory(state.needed, peak)
         run.restore(state)
     if state.iteration == 0:
         # an interruption during the evaluation leaves nothing behind and starts over
@@ -433,7 +493,8 @@ def step(state: State) -> StepReport:
     envs, names = make_envs(config, "train", first, len(mine), config.group_size)
     seeds = [config.seed + i for i in mine]
     generator = _generator(config, state.iteration, "collect", policy.device, team.rank)
-    with team.whole(policy):
+    explained = partial(memory.explained, policy, state.longest, iteration=state.iteration)
+    with explained("playing"), team.whole(policy):
         sampler = hf_sampler(policy, config.rollout.temperature, generator)
         trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
         collected = time.perf_counter()
@@ -454,7 +515,8 @@ def step(state: State) -> StepReport:
     flat = config.credit.estimator != "hae"
     scaled = scale_advantages(grid, credit) if config.advantage_scale == "common" else credit
     objective.assign(samples, trajectories, values, scaled, rows=mine, high_everywhere=flat)
-    logged = update(state, samples)
+    with explained("learning"):
+        logged = update(state, samples)
     state.iteration += 1
     trajectory.attach(trajectories, values, credit)
     metrics = {"iteration": state.iteration}
@@ -466,6 +528,8 @@ def step(state: State) -> StepReport:
         "time/collect_s": collected - started, "time/update_s": ended - collected,
         "time/total_s": state.seconds,
     }  # fmt: skip
+    if (peak := _peak(policy)) is not None:
+        metrics["memory/peak_gib"] = peak
     return StepReport(state.iteration, metrics, trajectories, grid, values, credit)
 
 
@@ -688,7 +752,7 @@ def evaluate(state: State) -> Evaluation:
     mine = team.share(config.eval_games)
     envs, names = make_envs(config, config.eval_split, mine.start, len(mine))
     generator = _generator(config, 0, "evaluate", policy.device, team.rank)
-    with team.whole(policy):
+    with memory.explained(policy, state.longest, "playing", state.iteration), team.whole(policy):
         sampler = hf_sampler(policy, config.eval_temperature, generator)
         played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=list(mine))
     won = team.gather([t.success for t in played])
@@ -728,7 +792,7 @@ MEMORY_FIELDS = ("micro_batch_tokens", "gradient_checkpointing", "decode_rows")
 
 
 class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/.
+    """The files of a run: config.json, memory.json, metrics.jsonl, rollouts/, checkpoints/.
 
     Args:
         write: This process writes them; the others of a training only read.
@@ -751,6 +815,14 @@ class RunFolder:
                 )
         if write and theirs != ours:
             trajectory.write_atomic(file, (json.dumps(ours, indent=1) + "\n").encode())
+
+    def note_memory(self, needed: memory.Memory, peak: float | None) -> None:
+        """Keep what was estimated, and what the dry run took (None: none was made)."""
+        if self.write:
+            parts = {k: round(v / memory.GIB, 3) for k, v in needed._asdict().items()}
+            noted = {"total": round(needed.total / memory.GIB, 3), **parts}
+            text = json.dumps({"estimated_gib": noted, "dry_run_gib": peak}, indent=1) + "\n"
+            trajectory.write_atomic(self.path / "memory.json", text.encode())
 
     def record(self, report: StepReport, state: State, last: bool = False) -> None:
         """Write what an iteration leaves behind; the checkpoint comes last and makes it count."""
