@@ -376,9 +376,8 @@ def set_up(config: TrainConfig) -> State:
 
 def _longest(config: TrainConfig, codec: Codec, team: Team) -> memory.Longest:
     rollout = config.rollout
-    episodes = max(
-        len(team.share(config.episodes, config.group_size)), config.eval_games // team.size
-    )
+    played = team.share(config.episodes, config.group_size), team.share(config.eval_games)
+    episodes = max(map(len, played))
     return memory.Longest(
         prompt=rollout.max_prompt_tokens,
         response=longest_response(codec, rollout.decoding, rollout.max_new_tokens),
@@ -477,6 +476,7 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
         if run:
             run.record(report, state, last=last)
         yield report
+    state.team.wait()  # all is written before any process ends
 
 
 def _finished_early(state: State) -> bool:
