@@ -98,6 +98,7 @@ class Team:
         if self.sharded:  # the outermost module has to be the first one that runs
             with torch.no_grad():
                 self._model(Policy.hidden, torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            self._model.reshard()
         return self._model, optimizer
 
     def backward(self, loss: Tensor, last: bool) -> None:

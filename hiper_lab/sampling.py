@@ -104,7 +104,7 @@ class Codec:
                 [{"role": "user", "content": static + mark + dynamic}],
                 tokenize=False, add_generation_prompt=True,
             )  # fmt: skip
-            static, dynamic = text.split(mark)
+            static, _, dynamic = text.partition(mark)  # a model may have written one itself
             return Prompt(self.encode(static), self._encode(dynamic))
         bos = self.tokenizer.bos_token_id
         return Prompt(
