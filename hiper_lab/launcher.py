@@ -31,7 +31,7 @@ from traitlets import default
 
 import hiper_lab
 from hiper_lab.records import read_metrics
-from hiper_lab.train import TrainConfig, sole_writer
+from hiper_lab.train import TrainConfig, sole_writer, train
 from hiper_lab.trajectory import write_atomic
 
 NOTEBOOK = Path("notebooks") / "20_train.ipynb"
@@ -132,6 +132,8 @@ def launch(
 ) -> Path:
     """Execute the training notebook by papermill into a run folder; resumes a run already there.
 
+    Under ``accelerate launch`` the first process executes the notebook; the others train with it.
+
     Args:
         parameters: Flat training parameters; anything unknown or ill-typed is refused here.
         folder: The run's folder.
@@ -147,6 +149,10 @@ def launch(
     """
     config = check(parameters, notebook)
     folder, notebook = Path(folder), Path(notebook)
+    if helping():
+        for _ in train(config, folder):
+            pass
+        return folder / notebook.name
     with sole_writer(folder):  # from here on by `train`, in the kernel
         if not (folder / "manifest.json").exists():
             text = json.dumps(manifest(config), indent=1) + "\n"
@@ -155,6 +161,11 @@ def launch(
     with _progress(folder, config.iterations) if bar else nullcontext():
         execute(notebook, executed, {**parameters, "run_folder": str(folder)})
     return executed
+
+
+def helping() -> bool:
+    """This process is one of several of a training, and not the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def refresh(path: Path | str) -> None:

@@ -2,7 +2,8 @@
 
 A token's advantage is the credit of its Role in its turn: SWITCH tokens get the switch level's,
 SUBGOAL tokens the high level's, ACTION tokens (and freely written FORMAT) the low level's. Injected
-tokens were no choice and have no gradient. Logits are computed only where a token is trained.
+tokens were no choice and have no gradient. Logits are computed only where a token is trained, and
+no more than `LOGITS` of them at a time.
 
 Left out on purpose: optimizers, sampling, how credit is estimated.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hiper_lab.credit import LEVELS, Credit, Values
 from hiper_lab.policy import Policy, Scores, scores
@@ -22,6 +24,8 @@ from hiper_lab.protocol import KEEP, Role
 from hiper_lab.sampling import Codec, allowed_mask, allowed_sets, micro_batches
 from hiper_lab.trajectory import Trajectory, Turn, boundaries
 
+# Logits held at a time: 64 MiB in float32, whatever the vocabulary and the batch.
+LOGITS = 2**24
 _LEVEL_OF_ROLE = torch.tensor([LEVELS.index(level) for level in ("switch", "high", "low", "low")])
 
 
@@ -77,7 +81,7 @@ class Batch(NamedTuple):
     at: Int[Tensor, "n"]
     token: Int[Tensor, "n"]
     role: Int[Tensor, "n"]
-    allowed: Bool[Tensor, "n vocab"] | None
+    allowed: list[np.ndarray | None] | None
     logprob_old: Float[Tensor, "n"]
     logprob_reference: Float[Tensor, "n"]
     advantage: Float[Tensor, "n"]
@@ -123,15 +127,17 @@ def pack_turn(turn: Turn, subgoal: str, codec: Codec, decoding: str, max_new_tok
 
 def assign(
     samples: list[Sample], trajectories: list[Trajectory], values: Values, credit: Credit,
-    *, high_everywhere: bool,
+    *, rows: range | None = None, high_everywhere: bool,
 ) -> None:  # fmt: skip
     """Give every sample the advantages, targets and old values of its turn.
 
     Args:
+        rows: Whose turns the samples are; by default of all trajectories.
         high_everywhere: Train V_high at every turn (flat estimators), not only at boundaries.
     """
-    spots = [(b, t) for b, tr in enumerate(trajectories) for t in range(len(tr.turns))]
-    opens = [o for tr in trajectories for o in boundaries(tr)]
+    rows = range(len(trajectories)) if rows is None else rows
+    spots = [(b, t) for b in rows for t in range(len(trajectories[b].turns))]
+    opens = [o for b in rows for o in boundaries(trajectories[b])]
     index = tuple(torch.tensor(spots).T)
     advantage = torch.stack([credit.high, credit.low, credit.switch], -1)[index].tolist()
     target = torch.stack([credit.target_high, credit.target_low, credit.target_switch], -1)
@@ -141,7 +147,7 @@ def assign(
         sample.train_high = high_everywhere or opens[i]
 
 
-def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
+def collate(samples: list[Sample], device: torch.device) -> Batch:
     """Samples as tensors."""
     width = max(len(s.ids) for s in samples)
     ids = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in samples], device=device)
@@ -154,12 +160,11 @@ def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
 
     row = flat([k] * len(s.at) for k, s in enumerate(samples))
     at, role = flat(s.at for s in samples), flat(s.role for s in samples)
-    allowed = allowed_mask([a for s in samples for a in s.allowed], vocab) if len(row) else None
     per_level = levels(s.advantage for s in samples)
     reference = flat((s.logprob_reference or s.logprob_old for s in samples), torch.float32)
     return Batch(
         ids=ids, row=row, at=at, token=ids[row, (at + 1).clamp_max(width - 1)], role=role,
-        allowed=None if allowed is None else allowed.to(device),
+        allowed=[a for s in samples for a in s.allowed],
         logprob_old=flat((s.logprob_old for s in samples), torch.float32),
         logprob_reference=reference,
         advantage=per_level[row, _LEVEL_OF_ROLE.to(device)[role]],
@@ -176,9 +181,31 @@ def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:
 def read_scores(
     policy: Policy, batch: Batch, hidden: Tensor, temperature: float, trunk: str = "policy"
 ) -> Scores:
-    """Scores of the chosen tokens, from hidden states ``[seq, token, width]`` of a trunk."""
-    logits = policy.logits(hidden[batch.row, batch.at], trunk)
-    return scores(logits, batch.allowed, batch.token, temperature or 1.0)
+    """Scores of the chosen tokens, from hidden states ``[seq, token, width]`` of a trunk.
+
+    Where they do not all fit into `LOGITS`, logits are computed in parts, and again for the
+    gradient, so that memory depends neither on the vocabulary nor on how much is trained.
+    """
+    read, size = hidden[batch.row, batch.at], max(1, LOGITS // policy.vocab)
+
+    def score(read: Tensor, token: Tensor, sets: list[np.ndarray | None] | None) -> Scores:
+        allowed = None if sets is None else allowed_mask(sets, policy.vocab)
+        allowed = None if allowed is None else allowed.to(read.device)
+        return scores(policy.logits(read, trunk), allowed, token, temperature or 1.0)
+
+    if len(read) <= size:
+        return score(read, batch.token, batch.allowed)
+    parts = []
+    for start in range(0, len(read), size):
+        part = slice(start, start + size)
+        sets = None if batch.allowed is None else batch.allowed[part]
+        parts.append(
+            checkpoint(
+                score, read[part], batch.token[part], sets,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+        )  # fmt: skip
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def read_values(policy: Policy, batch: Batch, hidden: Tensor) -> Float[Tensor, "seq level"]:
@@ -188,6 +215,22 @@ def read_values(policy: Policy, batch: Batch, hidden: Tensor) -> Float[Tensor, "
         [policy.heads(level, hidden[rows, batch.value_at[:, k]]) for k, level in enumerate(LEVELS)],
         1,
     )
+
+
+def read(
+    policy: Policy, batch: Batch, temperature: float, train_policy: bool
+) -> tuple[Scores | None, Float[Tensor, "seq level"]]:
+    """What the loss is made of: scores of the chosen tokens, if the policy is trained; values."""
+    hidden = now = None
+    if train_policy:
+        hidden = policy.hidden(batch.ids)
+        now = read_scores(policy, batch, hidden, temperature)
+    if policy.critic != "shared":
+        hidden = policy.hidden(batch.ids, "critic")
+    elif hidden is None:  # a shared trunk is not moved by the critic alone
+        with torch.no_grad():
+            hidden = policy.hidden(batch.ids)
+    return now, read_values(policy, batch, hidden)
 
 
 @torch.no_grad()
@@ -212,7 +255,7 @@ def evaluate(
     final = torch.zeros(len(trajectories))
     cut = [b for b, tr in enumerate(trajectories) if not tr.end.terminated]
     if cut:
-        ends = [_state(trajectories[b].final_prompt_ids) for b in cut]
+        ends = [state_sample(trajectories[b].final_prompt_ids) for b in cut]
         final[cut] = _read_all(policy, ends, tokens)[:, LEVELS.index("high")]
     return Values(grid["high"], grid["low"], grid["switch"], final)
 
@@ -245,7 +288,7 @@ def mix_switch_values(
             if turn.switch:
                 kept = codec.encode(trajectory.turns[t - 1].subgoal)
                 keep = (*opening, *codec.encode(KEEP), *after_switch, *kept, *after_subgoal)
-                rows.append(_state([*turn.prompt_ids, *keep]))
+                rows.append(state_sample([*turn.prompt_ids, *keep]))
                 spots.append((b, t, beta))
     kept_low = _read_all(policy, rows, tokens)[:, LEVELS.index("low")].tolist()
     for (b, t, beta), low in zip(spots, kept_low, strict=True):
@@ -253,7 +296,7 @@ def mix_switch_values(
     return values._replace(switch=switch)
 
 
-def _state(ids: list[int]) -> Sample:
+def state_sample(ids: list[int]) -> Sample:
     """A row that only has values, all read at its end."""
     return Sample(ids, len(ids), len(ids), [], [], [], [])
 
@@ -264,7 +307,7 @@ def _read_all(policy: Policy, samples: list[Sample], tokens: int) -> Float[Tenso
     for index in micro_batches([s.action for s in samples], tokens):
         rows = [samples[i] for i in index]
         cut = [Sample(s.ids[: s.action], s.prompt, s.action, [], [], [], []) for s in rows]
-        batch = collate(cut, 0, policy.device)
+        batch = collate(cut, policy.device)
         read[index] = read_values(policy, batch, policy.hidden(batch.ids, "critic")).cpu()
     return read
 

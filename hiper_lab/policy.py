@@ -7,15 +7,21 @@ so logits are computed where they are needed and nowhere else. The critic is one
 - ``adapter``: heads on the same frozen trunk seen through a second LoRA adapter;
 - ``separate``: heads on a network of their own (a copy of the start model, or another model).
 
+In ``bfloat16`` the matrix products of the decoder are halved by autocast, and so are the weights in
+memory that no one trains; what is trained, sums, norms, logits and values stay in float32.
+
 Left out on purpose: sampling, losses, distributed wrappers.
 """
 
 import copy
+import hashlib
 import importlib.resources
 import importlib.util
+import json
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +32,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 CRITICS = ("shared", "adapter", "separate")
+PRECISIONS = ("auto", "float32", "bfloat16")
 TINY = "tiny"
 SMOLLM = "smollm"
 
@@ -67,11 +75,16 @@ class Policy(nn.Module):
         lora_rank: Rank of the LoRA adapter on all linear layers; 0 trains the whole model.
         critic_model: Another start for the separate critic; by default a copy of ``model``.
         reference: Keep a frozen reference for the KL term. With LoRA it is the adapter switched off
-            and costs nothing; without, it is a copy.
+            (or a copy of the one it starts from) and costs nothing; without, it is a copy.
+        adapter: Folder of the LoRA adapter to start from, as peft saves it; empty: a fresh one.
+        precision: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU only.
+        gradient_checkpointing: Keep only each layer's input for the backward pass and compute the
+            rest again: a third more time for a fraction of the memory.
 
     Raises:
-        ValueError: On an unknown critic, ``adapter`` without LoRA, or an architecture whose logits
-            are not ``output_embedding(decoder(ids))``.
+        ValueError: On an unknown critic or precision, ``adapter`` without LoRA, an adapter of
+            another base model or rank, or an architecture whose logits are not
+            ``output_embedding(decoder(ids))``.
     """
 
     def __init__(
@@ -83,14 +96,23 @@ class Policy(nn.Module):
         lora_rank: int = 0,
         critic_model: PreTrainedModel | None = None,
         reference: bool = False,
+        adapter: str = "",
+        precision: str = "auto",
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         if critic not in CRITICS:
             raise ValueError(f"critic {critic!r}, expected one of {CRITICS}")
-        if critic == "adapter" and not lora_rank:
-            raise ValueError("critic='adapter' needs LoRA: set lora_rank > 0, or use 'separate'")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}, expected one of {PRECISIONS}")
+        if (critic == "adapter" or adapter) and not lora_rank:
+            name = "critic='adapter'" if critic == "adapter" else f"adapter={adapter!r}"
+            raise ValueError(f"{name} needs LoRA: set lora_rank > 0")
         _check_head(model)
         self.tokenizer, self.critic, self.lora_rank = tokenizer, critic, lora_rank
+        self.gradient_checkpointing = gradient_checkpointing
+        self.half = precision == "bfloat16" or (precision == "auto" and model.device.type == "cuda")
+        self.base = base_of(model)
         if critic == "separate":
             self.critic_model = critic_model or copy.deepcopy(model)
             self.critic_model.get_output_embeddings().requires_grad_(False)  # never used
@@ -98,23 +120,33 @@ class Policy(nn.Module):
         self.reference_model = None
         if reference and not lora_rank:
             self.reference_model = copy.deepcopy(model).requires_grad_(False)
+        self.start_adapter = "start" if adapter and reference else None
         if lora_rank:
-            from peft import LoraConfig, get_peft_model
-
-            lora = LoraConfig(
-                r=lora_rank, lora_alpha=2 * lora_rank,
-                target_modules="all-linear", task_type="CAUSAL_LM",
-            )  # fmt: skip
-            model = get_peft_model(model, lora)
-            if critic == "adapter":
-                model.add_adapter("critic", lora)
+            model = _with_adapters(
+                model, self.base, lora_rank, adapter, critic == "adapter", reference
+            )
         self.model = model
-        self._train_all_adapters()
+        self._train_adapters()
         trunk = self.critic_model if critic == "separate" else model
         self.heads = Heads(trunk.config.get_text_config().hidden_size)
         self.eval()  # dropout would make sampler and trainer disagree; it stays off throughout
+        if self.half:
+            _halve_frozen(self)
+        if gradient_checkpointing:
+            for each in [self.lm, *([self.critic_model] if critic == "separate" else [])]:
+                each.gradient_checkpointing_enable(
+                    {"use_reentrant": False, "preserve_rng_state": False}
+                )
 
     # ------------------------------------------------------------------------------- forward
+
+    def forward(self, read: Callable, *args) -> Any:
+        """``read(self, *args)``: what is trained on is read through here.
+
+        DistributedDataParallel and FSDP act around ``forward``, and on a single process it is
+        nothing.
+        """
+        return read(self, *args)
 
     @property
     def device(self) -> torch.device:
@@ -135,11 +167,17 @@ class Policy(nn.Module):
             model = self.critic_model
         elif trunk == "critic" and self.critic == "adapter":
             context = self._adapter("critic")
+        elif trunk == "reference" and self.start_adapter:
+            context = self._adapter(self.start_adapter)
         elif trunk == "reference" and self.lora_rank:
             context = self.model.disable_adapter()
         elif trunk == "reference":
             model = self.reference_model
-        half = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        if self.gradient_checkpointing:  # never while sampling: it would drop the cache
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = torch.is_grad_enabled()
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
         with context, half:
             return model.get_decoder()(
                 input_ids=ids, **({"use_cache": False} | cache)
@@ -161,18 +199,18 @@ class Policy(nn.Module):
     @contextmanager
     def _adapter(self, name: str):
         self.model.set_adapter(name)
-        self._train_all_adapters()
+        self._train_adapters()
         try:
             yield
         finally:
             self.model.set_adapter("default")
-            self._train_all_adapters()
+            self._train_adapters()
 
-    def _train_all_adapters(self) -> None:
-        # peft freezes the adapter that is not active; both are being trained
+    def _train_adapters(self) -> None:
+        # peft freezes the adapter that is not active; both policy's and critic's are being trained
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(".start." not in name)
 
     # ---------------------------------------------------------------------------- parameters
 
@@ -212,6 +250,95 @@ def scores(
     logprobs = logits.log_softmax(-1)
     plogp = logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)  # 0·(−∞) is 0 here
     return Scores(logprobs.gather(-1, chosen[:, None]).squeeze(-1), -plogp.sum(-1))
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+def base_of(model: PreTrainedModel) -> str:
+    """What adapters of a model belong to: its name, its shape, and a digest of its weights.
+
+    The digest is of the first numbers of every weight: enough to tell a model from its other
+    versions, and instant.
+    """
+    digest, size = hashlib.sha256(), 0
+    for name, weight in model.named_parameters():
+        first = weight.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + first)
+        size += weight.numel()
+    return f"{name_of(model)} ({size / 1e6:.1f}M parameters, {digest.hexdigest()[:12]})"
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What a model is called: its folder's name, or its name on the hub without the owner."""
+    return Path(model.config._name_or_path).name or type(model).__name__
+
+
+def _with_adapters(
+    model: PreTrainedModel, base: str, rank: int, folder: str, critic: bool, reference: bool
+) -> nn.Module:
+    """The model in peft's wrapper, with an adapter for the policy, and for the critic."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    if folder:
+        _check_adapter(Path(folder).expanduser(), model, base, rank)
+        model = PeftModel.from_pretrained(model, str(Path(folder).expanduser()), is_trainable=True)
+        if reference:
+            model.load_adapter(str(Path(folder).expanduser()), "start")
+    else:
+        model = get_peft_model(model, lora)
+    if critic:
+        model.add_adapter("critic", lora)
+    return model
+
+
+ADAPTER_FILE, BASE_FILE = "adapter_config.json", "base.json"
+
+
+def save_adapter(policy: Policy, folder: Path | str, weights: dict[str, Tensor]) -> None:
+    """Write the policy's LoRA adapter as peft reads it, and what it is an adapter of.
+
+    Args:
+        weights: The policy's trained parameters, by their names.
+    """
+    inside = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    policy.model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=inside)
+    (Path(folder) / BASE_FILE).write_text(json.dumps({"base": policy.base}) + "\n")
+
+
+def _check_adapter(folder: Path, model: PreTrainedModel, base: str, rank: int) -> None:
+    """Refuse an adapter that does not belong to this model.
+
+    Ours say which weights they were trained on; of others peft recorded the name.
+    """
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter in {str(folder)!r}: expected {ADAPTER_FILE}")
+    config = json.loads(file.read_text())
+    if (folder / BASE_FILE).is_file():
+        theirs = json.loads((folder / BASE_FILE).read_text())["base"]
+        differs = theirs != base
+    else:
+        theirs = config.get("base_model_name_or_path") or ""
+        differs = Path(theirs).name != Path(model.config._name_or_path).name
+    if differs:
+        raise ValueError(
+            f"{folder} is an adapter of another base model: {theirs!r}, but the model is {base!r}"
+        )
+    if config.get("r") != rank:
+        raise ValueError(f"{folder} has rank {config.get('r')}, but lora_rank is {rank}")
+
+
+def _halve_frozen(policy: Policy) -> None:
+    """Store in bfloat16 what nobody trains and autocast would convert at every use."""
+    models = [policy.lm] + ([policy.reference_model] if policy.reference_model else [])
+    for decoder in (each.get_decoder() for each in models):
+        for module in decoder.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------- loaders

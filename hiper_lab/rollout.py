@@ -24,6 +24,8 @@ from hiper_lab.sampling import (
 )
 from hiper_lab.trajectory import EndReason, Trajectory, Turn
 
+LONG_PROMPTS = ("end", "drop_history")
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -36,23 +38,31 @@ class RolloutConfig:
     history_turns: int = 6
     """Past turns shown in the prompt."""
     max_prompt_tokens: int = 2048
-    """An episode whose prompt grows longer ends with ``token_limit``."""
+    """Longest prompt, chat template included."""
+    long_prompt: str = "end"
+    """What a longer one does: ``end`` the episode (``token_limit``), or ``drop_history``, oldest
+    turns first; if that does not help, the episode ends."""
     max_new_tokens: int = 16
     """Longest subgoal (guided) or longest response (free), in tokens."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
+    decode_rows: int = 0
+    """Responses written at a time; 0: those of all running episodes. Fewer take less memory."""
 
     def __post_init__(self):
-        for name, choices in (("template", protocol.TEMPLATES), ("decoding", DECODINGS)):
+        for name, choices in (
+            ("template", protocol.TEMPLATES), ("decoding", DECODINGS),
+            ("long_prompt", LONG_PROMPTS),
+        ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}"
                 )
-        if self.temperature < 0 or self.max_new_tokens < 1 or self.history_turns < 0:
-            raise ValueError(
-                "expected temperature ≥ 0, max_new_tokens ≥ 1, history_turns ≥ 0, "
-                f"got {self.temperature}, {self.max_new_tokens}, {self.history_turns}"
-            )
+        least = {"history_turns": 0, "max_prompt_tokens": 1, "max_new_tokens": 1, "temperature": 0,
+                 "decode_rows": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
 
 
 @dataclass
@@ -121,7 +131,10 @@ def play(
             _decoder(episode, codec, draft, config)
             for draft, episode in zip(drafts, running, strict=True)
         ]
-        responses = sampler([e.prompt for e in running], drafts, decoders)
+        prompts, responses = [e.prompt for e in running], []
+        rows = config.decode_rows or len(running)
+        for part in (slice(start, start + rows) for start in range(0, len(running), rows)):
+            responses += sampler(prompts[part], drafts[part], decoders[part])
         # one broken environment must not take the batch with it: its answer is an exception
         answers = step_all([e.env for e in running], [r.action for r in responses])
         for episode, draft, response, answer in zip(
@@ -178,6 +191,12 @@ def _render(episode: Episode, codec: Codec, config: RolloutConfig) -> None:
         episode.info["task"], episode.observation, episode.info["admissible"], episode.subgoal,
         episode.history,
     )  # fmt: skip
-    episode.prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
-    if episode.end is None and len(episode.prompt.ids) > config.max_prompt_tokens:
+    shown = min(config.history_turns, len(episode.history))
+    while True:
+        episode.prompt = codec.prompt(*protocol.render(config.template, context, shown))
+        fits = len(episode.prompt.ids) <= config.max_prompt_tokens
+        if fits or not shown or config.long_prompt == "end":
+            break
+        shown -= 1
+    if not fits and episode.end is None:
         episode.end = EndReason.TOKEN_LIMIT

@@ -27,6 +27,7 @@ from hiper_lab.launcher import (
     NOTEBOOK,
     declared,
     execute,
+    helping,
     launch,
     manifest,
     notebook_parameters,
@@ -247,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed = parameters.get("seed", 0)
         folder = Path(args.out or f"runs/{Path(args.experiment).stem}-seed{seed}")
         executed = launch(parameters, folder)
+        if helping():
+            return 0
         print(f"executed notebook: {executed}")
         print(summary(folder))
     except (ValueError, OSError) as error:

@@ -117,7 +117,7 @@ class Codec:
                 [{"role": "user", "content": static + mark + dynamic}],
                 tokenize=False, add_generation_prompt=True,
             )  # fmt: skip
-            static, dynamic = text.split(mark)
+            static, _, dynamic = text.partition(mark)  # a model may have written one itself
             return Prompt(self.encode(static), self._encode(dynamic))
         bos = self.tokenizer.bos_token_id
         return Prompt(
@@ -227,6 +227,14 @@ def free(
 
 
 DECODERS = {"guided": guided, "free": free}
+ACTION_TOKENS = 64  # room for a listed action; the longest of WebShop's searches have about 40
+
+
+def longest_response(codec: Codec, decoding: str, max_tokens: int) -> int:
+    """Tokens that a response may have at most; what a context must leave room for."""
+    if decoding == "free":
+        return max_tokens
+    return len(codec.write(True, "", "")) + max_tokens + ACTION_TOKENS
 
 
 def decided(decoder: Decoder, tokens: Sequence[int]) -> Decoder:

@@ -5,7 +5,10 @@ metrics, rollouts and checkpoints, and the same call resumes after any interrupt
 comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit
 on a CPU, the run that was never interrupted.
 
-Left out on purpose: other machines (accelerate), other engines (vLLM), launching (see runs).
+Under ``accelerate launch`` the same call trains on several processes (see parallel); the folder
+then has to be one that all of them see.
+
+Left out on purpose: other engines (vLLM), launching (see runs).
 """
 
 import dataclasses
@@ -18,19 +21,21 @@ import socket
 import time
 import types
 import typing
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hiper_lab import objective, trajectory
+from hiper_lab import memory, objective, trajectory
 from hiper_lab.credit import LEVELS, Credit, CreditConfig, TurnGrid, Values, estimate
 from hiper_lab.envs.alfworld import AlfworldEnv
 from hiper_lab.envs.games import (
@@ -48,9 +53,10 @@ from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
-from hiper_lab.policy import CRITICS, Policy, load_model
+from hiper_lab.parallel import Team, spread_like, whole_tensor
+from hiper_lab.policy import CRITICS, PRECISIONS, Policy, load_model, name_of, save_adapter
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, hf_sampler
+from hiper_lab.sampling import Codec, hf_sampler, longest_response
 from hiper_lab.trajectory import Trajectory
 
 ENVS = ("household", "alfworld", "alfworld_engine", "webshop")
@@ -90,6 +96,12 @@ class TrainConfig:
     """Start of the separate critic; empty: a copy of the policy's start."""
     lora_rank: int = 0
     """Rank of the LoRA adapter; 0 trains all weights."""
+    adapter: str = ""
+    """Folder of the LoRA adapter to start from (as peft saves it); empty: a fresh one."""
+    precision: str = "auto"
+    """``float32``, ``bfloat16`` (what is trained stays float32), or ``auto``: bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: a third slower, far less memory."""
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
@@ -140,7 +152,7 @@ class TrainConfig:
         splits, scales = SPLITS, ("common", "none")
         for name, choices in {
             "env": ENVS, "env_size": SIZES, "env_horizon": ("any", *HORIZONS), "critic": CRITICS,
-            "eval_split": splits, "advantage_scale": scales,
+            "precision": PRECISIONS, "eval_split": splits, "advantage_scale": scales,
         }.items():  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
@@ -191,7 +203,7 @@ class TrainConfig:
                     break
             else:
                 raise ValueError(f"unknown parameter {name!r}{_nearest(name)}")
-        credit = dataclasses.replace(getattr(CreditConfig, preset)(), **values["credit"])
+        credit = replace(getattr(CreditConfig, preset)(), **values["credit"])
         return cls(
             **values["own"], credit=credit,
             rollout=RolloutConfig(**values["rollout"]), ppo=PPOConfig(**values["ppo"]),
@@ -344,25 +356,110 @@ class State:
     config: TrainConfig
     policy: Policy
     codec: Codec
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    model: torch.nn.Module  # the policy, as it is called for its gradient
+    team: Team
+    longest: memory.Longest
+    needed: memory.Memory
     iteration: int = 0
     seconds: float = 0.0
 
 
 def set_up(config: TrainConfig) -> State:
-    """Load the models and make the optimiser."""
+    """Load the models and make the optimiser.
+
+    Raises:
+        ValueError: If a model or adapter cannot be had or does not fit, a prompt and a response do
+            not fit into the model's context, or there are more processes than groups of episodes.
+        MemoryError: On a CPU, if it will not fit into memory.
+    """
+    team = Team()
+    groups = config.episodes // config.group_size
+    if groups < team.size:
+        raise ValueError(
+            f"{groups} groups of episodes, expected one for each of {team.size} processes"
+        )
     torch.manual_seed(config.seed)  # new heads and adapters
-    model, tokenizer = load_model(config.model)
-    critic_model = load_model(config.critic_model)[0] if config.critic_model else None
+    model, tokenizer = load_model(config.model, team.device)
+    critic_model = load_model(config.critic_model, team.device)[0] if config.critic_model else None
     policy = Policy(
         model, tokenizer, critic=config.critic, lora_rank=config.lora_rank,
-        critic_model=critic_model, reference=config.ppo.kl_coef > 0,
+        critic_model=critic_model, reference=config.ppo.kl_coef > 0, adapter=config.adapter,
+        precision=config.precision, gradient_checkpointing=config.gradient_checkpointing,
     ).to(model.device)  # fmt: skip
+    codec = Codec(tokenizer)
+    longest = _longest(config, codec, team)
+    _check_context(policy, longest)
+    needed = memory.estimate(policy, longest, team.size if team.sharded else 1)
+    if policy.device.type == "cpu":
+        memory.refuse(policy, longest, needed)
     own, critic = policy.parameters_by_owner()
     optimizer = torch.optim.AdamW(
         [{"params": list(own.values())}, {"params": list(critic.values())}], weight_decay=0.01
     )
-    return State(config, policy, Codec(tokenizer), optimizer)
+    trained, optimizer = team.prepare(policy, optimizer)
+    return State(config, policy, codec, optimizer, trained, team, longest, needed)
+
+
+def _longest(config: TrainConfig, codec: Codec, team: Team) -> memory.Longest:
+    rollout = config.rollout
+    played = team.share(config.episodes, config.group_size), team.share(config.eval_games)
+    episodes = max(map(len, played))
+    return memory.Longest(
+        prompt=rollout.max_prompt_tokens,
+        response=longest_response(codec, rollout.decoding, rollout.max_new_tokens),
+        decode_rows=min(rollout.decode_rows or episodes, episodes),
+        micro_batch_tokens=config.micro_batch_tokens, minibatch_turns=config.minibatch_turns,
+    )  # fmt: skip
+
+
+def _check_context(policy: Policy, longest: memory.Longest) -> None:
+    models = [policy.lm] + ([policy.critic_model] if policy.critic == "separate" else [])
+    for model in models:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context and longest.row > context:
+            raise ValueError(
+                f"max_prompt_tokens is {longest.prompt} and a response may have "
+                f"{longest.response} tokens, but {name_of(model)} reads no more than {context}: "
+                f"expected max_prompt_tokens of at most {context - longest.response}"
+            )
+
+
+def dry_run(state: State) -> float | None:
+    """Play and learn once from the longest batches there can be; nothing is changed by it.
+
+    Returns:
+        Peak of memory in GiB, where the device keeps count of it.
+
+    Raises:
+        MemoryError: If it does not fit, with the number to change.
+    """
+    policy, longest, optimizer = state.policy, state.longest, state.optimizer
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with memory.explained(policy, longest, "playing", None), state.team.whole(policy):
+        memory.play(policy, longest)
+    with memory.explained(policy, longest, "learning", None):
+        batch = objective.collate(memory.samples(longest), policy.device)
+        now, values = state.model(objective.read, batch, state.config.rollout.temperature, True)
+        loss = objective.policy_loss(batch, now, state.config.ppo)[0]
+        loss = loss + objective.value_loss(batch, values, state.config.ppo.value_clip).sum()
+        state.team.backward(loss, last=True)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        optimizer.step()  # makes the moments
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return _peak(policy)
+
+
+def _peak(policy: Policy) -> float | None:
+    on_gpu = policy.device.type == "cuda"
+    return torch.cuda.max_memory_allocated(policy.device) / memory.GIB if on_gpu else None
 
 
 def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[StepReport]:
@@ -373,19 +470,26 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
             run of this configuration, that run is resumed. None keeps nothing.
 
     Raises:
-        ValueError: If the folder holds a run with another configuration.
+        ValueError: If the folder holds a run with another configuration, or see `set_up`.
         BlockingIOError: If another training writes into the folder.
+        MemoryError: If memory does not suffice, with the number to change. The folder keeps what
+            was done, and the run resumes with a lower one.
 
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
-    with sole_writer(folder) if folder else nullcontext():
-        yield from _train(config, RunFolder(folder, config) if folder else None)
-
-
-def _train(config: TrainConfig, run: "RunFolder | None") -> Iterator[StepReport]:
     state = set_up(config)
-    resumed = run.restore(state) if run else False
+    with sole_writer(folder) if folder and state.team.main else nullcontext():
+        yield from _train(state, folder)
+
+
+def _train(state: State, folder: Path | str | None) -> Iterator[StepReport]:
+    config, resumed = state.config, False
+    run = RunFolder(folder, config, write=state.team.main) if folder else None
+    peak = dry_run(state) if state.policy.device.type == "cuda" else None
+    if run:
+        run.note_memory(state.needed, peak)
+        resumed = run.restore(state)
     if not resumed:
         # an interruption during the evaluation leaves nothing behind and starts over
         if config.eval_games:
@@ -406,6 +510,7 @@ def _train(config: TrainConfig, run: "RunFolder | None") -> Iterator[StepReport]
         if run:
             run.record(report, state, last=last)
         yield report
+    state.team.wait()  # all is written before any process ends
 
 
 def _finished_early(state: State) -> bool:
@@ -415,42 +520,64 @@ def _finished_early(state: State) -> bool:
 
 def step(state: State) -> StepReport:
     """One iteration: collect, credit, update. The whole method, in the order of the paper."""
-    config, policy, codec = state.config, state.policy, state.codec
+    config, policy, codec, team = state.config, state.policy, state.codec, state.team
     started = time.perf_counter()
-    first = state.iteration * (config.episodes // config.group_size)
-    envs, names = make_envs(config, "train", first, config.episodes, config.group_size)
-    seeds = [config.seed + i for i in range(config.episodes)]
-    generator = _generator(config, state.iteration, "collect", policy.device)
-    sampler = hf_sampler(policy, config.rollout.temperature, generator)
-    trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
-    collected = time.perf_counter()
-    samples = objective.pack(
-        trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
-    )
+    mine = team.share(config.episodes, config.group_size)  # all, unless there are more processes
+    first = (state.iteration * config.episodes + mine.start) // config.group_size
+    envs, names = make_envs(config, "train", first, len(mine), config.group_size)
+    seeds = [config.seed + i for i in mine]
+    generator = _generator(config, state.iteration, "collect", policy.device, team.rank)
+    explained = partial(memory.explained, policy, state.longest, iteration=state.iteration)
+    with explained("playing"), team.whole(policy):
+        sampler = hf_sampler(policy, config.rollout.temperature, generator)
+        trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
+        collected = time.perf_counter()
+        samples = objective.pack(
+            trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
+        )
+        values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
+        if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":
+            values = objective.mix_switch_values(
+                policy, codec, trajectories, values, config.micro_batch_tokens
+            )
+        if config.ppo.kl_coef:
+            _score_reference(state, samples)
+    trajectories, values = _gather(team, trajectories, values)
     grid = trajectory.to_grid(trajectories, config.credit.anchor_similarity)
     grid = grid._replace(reward=grid.reward * config.reward_scale)
-    values = objective.evaluate(policy, trajectories, samples, config.micro_batch_tokens)
-    if config.credit.switch_advantage == "value" and config.credit.estimator == "hae":
-        values = objective.mix_switch_values(
-            policy, codec, trajectories, values, config.micro_batch_tokens
-        )
     credit = estimate(grid, values, config.credit)
     flat = config.credit.estimator != "hae"
     scaled = scale_advantages(grid, credit) if config.advantage_scale == "common" else credit
-    objective.assign(samples, trajectories, values, scaled, high_everywhere=flat)
-    logged = update(state, samples)
+    objective.assign(samples, trajectories, values, scaled, rows=mine, high_everywhere=flat)
+    with explained("learning"):
+        logged = update(state, samples)
     state.iteration += 1
     trajectory.attach(trajectories, values, credit)
     metrics = {"iteration": state.iteration}
     metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
     metrics |= logged
     ended = time.perf_counter()
-    state.seconds += ended - started
+    state.seconds = team.gather([state.seconds + ended - started])[0]  # all have to agree
     metrics |= {
         "time/collect_s": collected - started, "time/update_s": ended - collected,
         "time/total_s": state.seconds,
     }  # fmt: skip
+    if (peak := _peak(policy)) is not None:
+        metrics["memory/peak_gib"] = peak
     return StepReport(state.iteration, metrics, trajectories, grid, values, credit)
+
+
+def _gather(
+    team: Team, trajectories: list[Trajectory], values: Values
+) -> tuple[list[Trajectory], Values]:
+    """Trajectories and values of all processes, in each."""
+    if team.size == 1:
+        return trajectories, values
+    rows = team.gather(list(zip(trajectories, *(x.tolist() for x in values), strict=True)))
+    trajectories = [replace(row[0], id=f"{k:04d}") for k, row in enumerate(rows)]
+    width = max(len(t.turns) for t in trajectories)
+    grids = [[(row[k] + [0.0] * width)[:width] for row in rows] for k in (1, 2, 3)]
+    return trajectories, Values(*map(torch.tensor, (*grids, [row[4] for row in rows])))
 
 
 def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
@@ -473,7 +600,7 @@ def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
 
 
 def update(state: State, samples: list[Sample]) -> dict[str, float]:
-    """PPO epochs over the batch.
+    """PPO epochs over the batch, of which ``samples`` are this process's.
 
     The sampler's log-probabilities are PPO's old ones. In the first minibatch, before any step, the
     trainer must reproduce them: the largest difference is logged as ``policy/logprob_gap``.
@@ -481,11 +608,11 @@ def update(state: State, samples: list[Sample]) -> dict[str, float]:
     Raises:
         RuntimeError: If they disagree by more than ``logprob_gap_limit``, or a loss is not finite.
     """
-    config = state.config
+    config, team = state.config, state.team
     warming_up = state.iteration < config.warmup_iterations
     logged: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    if config.ppo.kl_coef:
-        _score_reference(state, samples)
+    sizes = team.gather([(len(s.at), s.train_high) for s in samples])  # of the whole batch
+    before = sum(team.gather([len(samples)])[: team.rank])
     progress = state.iteration / max(1, config.iterations)
     decay = 1 - (1 - config.lr_final) * progress
     for group, rate in zip(
@@ -495,13 +622,26 @@ def update(state: State, samples: list[Sample]) -> dict[str, float]:
     generator = _generator(config, state.iteration, "shuffle")
     for epoch in range(config.critic_epochs):
         train_policy = epoch < config.epochs and not warming_up
-        order = torch.randperm(len(samples), generator=generator).tolist()
+        order = torch.randperm(len(sizes), generator=generator).tolist()
         for start in range(0, len(order), config.minibatch_turns):
-            chosen = [samples[i] for i in order[start : start + config.minibatch_turns]]
+            chosen = order[start : start + config.minibatch_turns]
+            mine = [samples[i - before] for i in chosen if 0 <= i - before < len(samples)]
             on_policy = epoch == start == 0
-            _minibatch(state, chosen, train_policy, on_policy, logged)
-    means = {k: total / count for k, (total, count) in logged.items() if count}
+            _minibatch(state, mine, [sizes[i] for i in chosen], train_policy, on_policy, logged)
+    means = _means(team.gather([dict(logged)]))
     return means | {"policy/trained": float(not warming_up), "policy/lr": config.lr * decay}
+
+
+def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Means from the (sum, count) of all processes; of the gap, which is no sum, the largest."""
+    means = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        totals, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        if name == "policy/logprob_gap":
+            means[name] = max(totals)
+        elif sum(counts):
+            means[name] = sum(totals) / sum(counts)
+    return means
 
 
 @torch.no_grad()
@@ -510,7 +650,7 @@ def _score_reference(state: State, samples: list[Sample]) -> None:
     config, policy = state.config, state.policy
     for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
         rows = [samples[i] for i in index]
-        batch = objective.collate(rows, policy.vocab, policy.device)
+        batch = objective.collate(rows, policy.device)
         hidden, t = policy.hidden(batch.ids, "reference"), config.rollout.temperature
         logprob = objective.read_scores(policy, batch, hidden, t, "reference").logprob
         split = logprob.cpu().split([len(s.at) for s in rows])
@@ -528,48 +668,58 @@ def _check_gap(gap: float, config: TrainConfig) -> None:
 
 
 def _minibatch(
-    state: State, samples: list[Sample], train_policy: bool, on_policy: bool, logged: dict
-) -> None:
-    """One optimiser step; micro-batches add up to exactly the minibatch's gradient."""
-    config, policy = state.config, state.policy
-    tokens = max(1, sum(len(s.at) for s in samples))
-    counts = torch.tensor([sum(s.train_high for s in samples), len(samples), len(samples)])
+    state: State, samples: list[Sample], sizes: list[tuple[int, bool]], train_policy: bool,
+    on_policy: bool, logged: dict,
+) -> None:  # fmt: skip
+    """One optimiser step; micro-batches add up to exactly the minibatch's gradient.
+
+    Args:
+        samples: This process's part of the minibatch.
+        sizes: Of each row of the whole minibatch, trained tokens and whether V_high is trained.
+    """
+    config, policy, team = state.config, state.policy, state.team
+    tokens = max(1, sum(n for n, _ in sizes))
+    counts = torch.tensor([sum(high for _, high in sizes), len(sizes), len(sizes)])
     counts = counts.clamp_min(1).to(policy.device)
     state.optimizer.zero_grad()
-    for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens):
-        batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
-        hidden = policy.hidden(batch.ids) if train_policy else None
+    parts = [
+        [samples[i] for i in index]
+        for index in micro_batches([len(s.ids) for s in samples], config.micro_batch_tokens)
+    ]
+    rounds = max(team.gather([len(parts)]))
+    for k in range(rounds):
+        idle = k >= len(parts)  # another process has one more: go through it with it
+        rows = [objective.state_sample([0])] if idle else parts[k]
+        batch = objective.collate(rows, policy.device)
+        t = config.rollout.temperature
+        now, values = state.model(objective.read, batch, t, train_policy)
         loss = torch.zeros((), device=policy.device)
-        if hidden is not None and len(batch.token):
-            now = objective.read_scores(policy, batch, hidden, config.rollout.temperature)
-            if on_policy:
+        if now is not None:
+            if on_policy and len(batch.token):
                 gap = (now.logprob - batch.logprob_old).abs().max().item()
                 _check_gap(gap, config)
                 logged["policy/logprob_gap"] = [max(gap, logged["policy/logprob_gap"][0]), 1]
             total, sums = objective.policy_loss(batch, now, config.ppo)
             loss = loss + total / tokens
             _add(logged, sums)
-        if policy.critic != "shared":
-            hidden = policy.hidden(batch.ids, "critic")
-        elif hidden is None:  # a shared trunk is not moved by the critic alone
-            hidden = policy.hidden(batch.ids).detach()
-        per_level = objective.value_loss(
-            batch, objective.read_values(policy, batch, hidden), config.ppo.value_clip
-        )
+        per_level = objective.value_loss(batch, values, config.ppo.value_clip)
         loss = loss + config.ppo.value_coef * (per_level / counts).sum()
-        trained = batch.value_trained.sum(0).tolist()
-        _add(logged, {
-            f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
-        })  # fmt: skip
+        if idle:
+            loss = 0 * loss
+        else:
+            trained = batch.value_trained.sum(0).tolist()
+            _add(logged, {
+                f"value/{k}_loss": (per_level[i].item(), trained[i]) for i, k in enumerate(LEVELS)
+            })  # fmt: skip
         if not torch.isfinite(loss):
             raise RuntimeError(
                 f"loss is {loss.item()} at iteration {state.iteration}; lower the lr"
             )
-        loss.backward()
+        team.backward(loss, last=k == rounds - 1)
     for group, name in zip(state.optimizer.param_groups, ("policy", "value"), strict=True):
         norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         if train_policy or name == "value":
-            _add(logged, {f"{name}/grad_norm": (norm.item(), 1)})
+            _add(logged, {f"{name}/grad_norm": (whole_tensor(norm).item(), 1)})
     state.optimizer.step()
 
 
@@ -579,9 +729,12 @@ def _add(logged: dict, sums: dict[str, tuple[float, float]]) -> None:
         logged[name][1] += count
 
 
-def _generator(config: TrainConfig, iteration: int, purpose: str, device="cpu") -> torch.Generator:
+def _generator(
+    config: TrainConfig, iteration: int, purpose: str, device="cpu", rank: int = 0
+) -> torch.Generator:
     purposes = ("collect", "shuffle", "evaluate")
     seed = (config.seed * 1_000_003 + iteration) * len(purposes) + purposes.index(purpose)
+    seed += rank << 48  # processes sample independently, and shuffle alike
     return torch.Generator(device=device).manual_seed(seed)
 
 
@@ -629,13 +782,14 @@ def credit_metrics(
 
 def evaluate(state: State) -> Evaluation:
     """Play the held-out games with the current policy. The games are the same every time."""
-    config = state.config
-    envs, names = make_envs(config, config.eval_split, 0, config.eval_games)
-    generator = _generator(config, 0, "evaluate", state.policy.device)
-    sampler = hf_sampler(state.policy, config.eval_temperature, generator)
-    seeds = list(range(len(envs)))
-    played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=seeds)
-    won = [t.success for t in played]
+    config, policy, team = state.config, state.policy, state.team
+    mine = team.share(config.eval_games)
+    envs, names = make_envs(config, config.eval_split, mine.start, len(mine))
+    generator = _generator(config, 0, "evaluate", policy.device, team.rank)
+    with memory.explained(policy, state.longest, "playing", state.iteration), team.whole(policy):
+        sampler = hf_sampler(policy, config.eval_temperature, generator)
+        played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=list(mine))
+    won = team.gather([t.success for t in played])
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
 
 
@@ -701,48 +855,90 @@ def sole_writer(folder: Path | str) -> Iterator[None]:
         yield
 
 
-class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, rollouts/, checkpoints/."""
+# They decide how much memory a run takes, not what it computes: a run may go on with others.
+MEMORY_FIELDS = ("micro_batch_tokens", "gradient_checkpointing", "decode_rows")
 
-    def __init__(self, path: Path | str, config: TrainConfig):
-        self.path = Path(path)
+
+class RunFolder:
+    """The files of a run: config.json, memory.json, metrics.jsonl, rollouts/, checkpoints/.
+
+    Args:
+        write: This process writes them; the others of a training only read.
+
+    Raises:
+        ValueError: If the folder holds a run with another configuration.
+    """
+
+    def __init__(self, path: Path | str, config: TrainConfig, write: bool = True):
+        self.path, self.write = Path(path), write
         file = self.path / "config.json"
         ours = json.loads(json.dumps(asdict(config)))
-        if file.exists():
-            theirs = json.loads(file.read_text())
+        theirs = json.loads(file.read_text()) if file.exists() else {}
+        if theirs:
             # what the code that began the run did not know, it did as is the default
             for name, value in json.loads(json.dumps(asdict(TrainConfig()))).items():
                 seen = theirs.setdefault(name, value)
                 theirs[name] = value | seen if isinstance(value, dict) else seen
-            changed = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+            changed = _differences(ours, theirs)
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another {', '.join(changed)}; "
                     "use another folder, or delete this one to start over"
                 )
-        else:
+        if write and theirs != ours:
             trajectory.write_atomic(file, (json.dumps(ours, indent=1) + "\n").encode())
+
+    def note_memory(self, needed: memory.Memory, peak: float | None) -> None:
+        """Keep what was estimated, and what the dry run took (None: none was made)."""
+        if self.write:
+            parts = {k: round(v / memory.GIB, 3) for k, v in needed._asdict().items()}
+            noted = {"total": round(needed.total / memory.GIB, 3), **parts}
+            text = json.dumps({"estimated_gib": noted, "dry_run_gib": peak}, indent=1) + "\n"
+            trajectory.write_atomic(self.path / "memory.json", text.encode())
 
     def record(self, report: StepReport, state: State, last: bool = False) -> None:
         """Write what an iteration leaves behind; the checkpoint comes last and makes it count."""
         config = state.config
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(report.metrics) + "\n")
-            file.flush()
-        if report.trajectories and (last or report.iteration % config.rollout_every == 0):
-            trajectory.save(
-                report.trajectories, self.path / "rollouts" / f"{report.iteration:06d}.jsonl.gz"
-            )
+        if self.write:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(report.metrics) + "\n")
+                file.flush()
+            if report.trajectories and (last or report.iteration % config.rollout_every == 0):
+                name = f"{report.iteration:06d}.jsonl.gz"
+                trajectory.save(report.trajectories, self.path / "rollouts" / name)
         if last or report.iteration % config.checkpoint_every == 0:
             save_checkpoint(state, self.path / "checkpoints" / f"{report.iteration:06d}")
 
     def restore(self, state: State) -> bool:
-        """Load the newest checkpoint, if there is one, and drop metrics that are newer than it."""
-        found = sorted((self.path / "checkpoints").glob("[0-9]*"))
+        """Load the newest checkpoint that is whole, and drop metrics that are newer than it.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ValueError: If there are checkpoints and none can be used, or one is of another model.
+        """
+        found = sorted((self.path / "checkpoints").glob("[0-9]*"), reverse=True)
+        for folder in found:
+            try:
+                saved = read_checkpoint(folder)
+            except DAMAGE as error:
+                warnings.warn(f"{folder} is damaged and left out: {error}", stacklevel=2)
+                continue
+            load_checkpoint(state, saved, folder)
+            break
+        else:
+            if found:
+                raise ValueError(
+                    f"no checkpoint in {self.path} can be read, expected one of "
+                    f"{[folder.name for folder in found]}; delete the folder to start over"
+                )
+        state.team.wait()  # until all have read what is now cleaned up
+        if not self.write:
+            return bool(found)
         if not found:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return False
-        load_checkpoint(state, found[-1])
         lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [
             s for s in lines if s.endswith("\n") and json.loads(s)["iteration"] <= state.iteration
@@ -752,52 +948,108 @@ class RunFolder:
         return True
 
 
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of settings that make another run of it."""
+    names = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += [name] * bool(_differences(a, b))
+        elif a != b and name not in MEMORY_FIELDS:
+            names.append(name)
+    return names
+
+
 def save_checkpoint(state: State, folder: Path) -> None:
     """Weights, optimiser and progress, complete or not at all; older checkpoints are removed.
 
-    No random state is stored: every generator is made from the seed and the iteration.
+    The file is the same whatever the number of processes, all of which have to come here; the main
+    one writes. No random state is stored: every generator is made from the seed and the iteration.
     """
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
+    policy, main = state.policy, state.team.main
+    weights = {n: p for group in policy.parameters_by_owner() for n, p in group.items()}
     moments = {
         f"{i}.{name}": tensor
         for i, entry in state.optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
     }
-    progress = {"iteration": state.iteration, "seconds": state.seconds}
-    trajectory.write_atomic(temporary / "weights.safetensors", save(_plain(weights)))
-    trajectory.write_atomic(temporary / "optimizer.safetensors", save(_plain(moments)))
+    weights, moments = _plain(weights, main), _plain(moments, main)
+    if not main:
+        return
+    progress = {"iteration": state.iteration, "seconds": state.seconds, "base": policy.base}
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    trajectory.write_atomic(temporary / "weights.safetensors", save(weights))
+    trajectory.write_atomic(temporary / "optimizer.safetensors", save(moments))
     trajectory.write_atomic(temporary / "progress.json", json.dumps(progress).encode())
+    if policy.lora_rank:
+        save_adapter(policy, temporary / "adapter", weights)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     for old in sorted(folder.parent.glob("[0-9]*"))[:-2]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(state: State, folder: Path) -> None:
-    """Put a checkpoint into a freshly set up state.
+class Checkpoint(NamedTuple):
+    """What a checkpoint's files say."""
 
-    Raises:
-        ValueError: If its weights do not fit the model.
-    """
-    weights = load_file(folder / "weights.safetensors")
-    mine = {n: p for group in state.policy.parameters_by_owner() for n, p in group.items()}
-    if weights.keys() != mine.keys():
-        odd = sorted(weights.keys() ^ mine.keys())[:3]
-        raise ValueError(f"{folder} does not fit this model: weights differ in {odd}, …")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(weights[name])
+    weights: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]
+    progress: dict[str, Any]
+
+
+# What reading a file may raise that was cut off, or is not there.
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """All of a checkpoint, or one of `DAMAGE`."""
+    progress = json.loads((folder / "progress.json").read_text())
+    progress["iteration"], progress["seconds"]
     moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         moments[int(index)][key] = tensor
+    return Checkpoint(load_file(folder / "weights.safetensors"), dict(moments), progress)
+
+
+def load_checkpoint(state: State, saved: Checkpoint, folder: Path) -> None:
+    """Put a checkpoint into a freshly set up state, whatever the number of processes.
+
+    Raises:
+        ValueError: If it is of another model.
+    """
+    policy = state.policy
+    base = saved.progress.get("base", policy.base)
+    if policy.lora_rank and base != policy.base:
+        raise ValueError(
+            f"{folder} is an adapter of another base model: {base!r}, but the model is "
+            f"{policy.base!r}"
+        )
+    mine = {n: p for group in policy.parameters_by_owner() for n, p in group.items()}
+    theirs = {name: tuple(weight.shape) for name, weight in saved.weights.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in mine.items()}
+    if theirs != shapes:
+        odd = sorted(n for n in theirs | shapes if theirs.get(n) != shapes.get(n))[:3]
+        raise ValueError(f"{folder} does not fit this model: weights differ in {odd}, …")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(spread_like(saved.weights[name], parameter))
+    order = list(mine.values())  # as the optimiser got them
+    moments = {
+        i: {k: spread_like(v, order[i]) if v.ndim else v for k, v in entry.items()}
+        for i, entry in saved.moments.items()
+    }
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
-    progress = json.loads((folder / "progress.json").read_text())
-    state.iteration, state.seconds = progress["iteration"], progress["seconds"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.iteration, state.seconds = saved.progress["iteration"], saved.progress["seconds"]
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _plain(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors in one piece on the CPU; processes that do not keep them only help to."""
+    plain = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor.detach())
+        if keep:
+            plain[name] = whole.cpu().contiguous()
+    return plain

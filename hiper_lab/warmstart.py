@@ -143,7 +143,7 @@ def clone(
             optimizer.zero_grad()
             tokens = sum(len(s.at) for s in rows)
             for index in objective.micro_batches([len(s.ids) for s in rows], 8192):
-                batch = objective.collate([rows[i] for i in index], policy.vocab, policy.device)
+                batch = objective.collate([rows[i] for i in index], policy.device)
                 now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
                 (-now.logprob.sum() / tokens).backward()
                 total += now.logprob.sum().item()
@@ -191,7 +191,7 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width,
         num_hidden_layers=args.layers, num_attention_heads=args.width // 32,
-        max_position_embeddings=2048, tie_word_embeddings=True,
+        max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=args.width**-0.5,
     ))  # fmt: skip

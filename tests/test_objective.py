@@ -67,7 +67,7 @@ def packed(advantage=1.0):
 def policy_gradient(policy, samples, tokens):
     policy.zero_grad()
     for index in objective.micro_batches([len(s.ids) for s in samples], tokens):
-        batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
+        batch = objective.collate([samples[i] for i in index], policy.device)
         now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
         objective.policy_loss(batch, now, PPOConfig())[0].backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
@@ -81,7 +81,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_a_token_gets_the_credit_of_its_role_and_nothing_else_is_trained():
     policy, played, samples = packed()
-    batch = objective.collate(samples, policy.vocab, policy.device)
+    batch = objective.collate(samples, policy.device)
     turns = [turn for t in played for turn in t.turns]
     level = {Role.SWITCH: "switch", Role.SUBGOAL: "high", Role.ACTION: "low"}
     expected, tokens = [], []

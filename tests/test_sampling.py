@@ -58,7 +58,7 @@ def test_sampler_and_trainer_agree(kind, decoding):
     for turn in (turn for episode in played for turn in episode.turns):  # what inspectors colour
         assert len(turn.pieces) == len(turn.response_ids) and "".join(turn.pieces) == turn.response
     for index in objective.micro_batches([len(s.ids) for s in samples], 500):
-        batch = objective.collate([samples[i] for i in index], policy.vocab, policy.device)
+        batch = objective.collate([samples[i] for i in index], policy.device)
         now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 0.8)
         assert torch.allclose(now.logprob, batch.logprob_old, atol=1e-4)
         ratio = (now.logprob - batch.logprob_old).exp()
@@ -238,7 +238,7 @@ def test_a_real_instruct_model_plays_by_the_rules():
     policy = Policy(*load_model("smollm", "cpu"), critic="adapter", lora_rank=4, reference=True)
     codec, played = play(policy, count=2, max_turns=3, template="full", history_turns=2)
     samples = objective.pack(played, codec, "guided", 16)
-    batch = objective.collate(samples, policy.vocab, policy.device)
+    batch = objective.collate(samples, policy.device)
     now = objective.read_scores(policy, batch, policy.hidden(batch.ids), 1.0)
     assert torch.allclose(now.logprob, batch.logprob_old, atol=1e-3)
     for trajectory in played:

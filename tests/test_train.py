@@ -105,6 +105,25 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path, monkeypatch):
     assert state.iteration == 1
 
 
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_used(tmp_path):
+    whole = [stable(r.metrics) for r in train.train(small(), tmp_path)]
+    newest = tmp_path / "checkpoints" / "000003"
+
+    def cut(name, folder=newest, at=0.5):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * at)])
+
+    for name in ("weights.safetensors", "optimizer.safetensors", "progress.json"):
+        cut(name)
+        with pytest.warns(UserWarning, match="000003 is damaged and left out"):
+            rest = list(train.train(small(), tmp_path))
+        assert [stable(r.metrics) for r in rest] == whole[3:]
+    (newest / "weights.safetensors").unlink()
+    cut("weights.safetensors", newest.with_name("000002"), at=0)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint in .* can be"):
+        next(train.train(small(), tmp_path))
+
+
 def test_a_folder_belongs_to_one_configuration(tmp_path):
     list(train.train(small(iterations=0), tmp_path))
     file = tmp_path / "config.json"
