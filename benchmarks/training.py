@@ -34,7 +34,7 @@ from hiper_lab.rollout import collect
 from hiper_lab.sampling import hf_sampler
 
 REPETITIONS = 5
-PLAY = {"warmup_iterations": 0, "eval_games": 0, "episodes": 16, "max_turns": 12}
+PLAY = {"warmup_iterations": 0, "eval_games": 0, "max_turns": 12}
 
 
 # ------------------------------------------------------------------------------------- updates
@@ -88,10 +88,11 @@ def bare(state: train.State, samples: list[Sample], lean: bool) -> None:
                 critic(input_ids=ids, use_cache=False)[0].mean().backward()
 
 
-def updates(model: str, critic: str) -> dict:
+def updates(model: str, critic: str, episodes: int) -> dict:
     """Seconds of an update and of its bare passes, medians over repetitions that take turns."""
     # after the first update the policy is no longer the one that sampled, which is no news here
-    given = PLAY | {"model": model, "critic": critic, "logprob_gap_limit": 1e9}
+    given = PLAY | {"model": model, "critic": critic, "episodes": episodes}
+    given["logprob_gap_limit"] = 1e9
     state = train.set_up(train.TrainConfig.from_parameters(given))
     played, samples = play(state), []
 
@@ -218,8 +219,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers here, and README.md's tables")
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
-        models = ["tiny", larger(Path(folder))]
-        compared = [updates(m, critic) for m in models for critic in ("shared", "separate")]
+        models = {"tiny": 16, larger(Path(folder)): 3}
+        compared = [
+            updates(model, critic, episodes)
+            for model, episodes in models.items() for critic in ("shared", "separate")
+        ]  # fmt: skip
     result = {
         "machine": machine(), "torch": torch.__version__, "updates": compared,
         "decoding": [decoding(way) for way in ("guided", "free")], "sweep": overhead(),
