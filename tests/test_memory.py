@@ -238,11 +238,18 @@ def test_out_of_memory_in_the_middle_names_a_number_and_the_run_goes_on_with_it(
     tmp_path, monkeypatch
 ):
     config = TrainConfig.from_parameters(SMALL | {"micro_batch_tokens": 2000})
+    real, sizes = objective.read, []
+
+    def counted(policy, batch, *args):
+        sizes.append(batch.ids.numel())
+        return real(policy, batch, *args)
+
+    monkeypatch.setattr(objective, "read", counted)
     whole = [r.metrics for r in train.train(config)]
-    real = objective.read
+    enough = max(sizes) // 2
 
     def hungry(policy, batch, *args):
-        if len(done) == 2 and batch.ids.numel() > 1000:
+        if len(done) == 2 and batch.ids.numel() > enough:
             torch.empty(2**60)  # the allocator's own error
         return real(policy, batch, *args)
 
@@ -256,10 +263,10 @@ def test_out_of_memory_in_the_middle_names_a_number_and_the_run_goes_on_with_it(
     assert "gradient_checkpointing" in said and "resumes" in said and "lora_rank" not in said
     with pytest.raises(ValueError, match="holds a run with another minibatch_turns"):
         next(train.train(replace(config, minibatch_turns=4), tmp_path))
-    lower = replace(config, micro_batch_tokens=900, gradient_checkpointing=True)
+    lower = replace(config, micro_batch_tokens=enough, gradient_checkpointing=True)
     (last,) = train.train(lower, tmp_path)
     assert last.iteration == 2
-    assert json.loads((tmp_path / "config.json").read_text())["micro_batch_tokens"] == 900
+    assert json.loads((tmp_path / "config.json").read_text())["micro_batch_tokens"] == enough
     for name in ("rollout/return", "policy/loss", "policy/grad_norm", "value/low_loss"):
         assert last.metrics[name] == pytest.approx(whole[-1][name], rel=1e-3, abs=1e-5)
     assert json.loads((tmp_path / "memory.json").read_text())["estimated_gib"]["total"] > 0
