@@ -5,7 +5,7 @@ metrics, rollouts and checkpoints, and the same call resumes after any interrupt
 comes from generators made from (seed, iteration, purpose), so a resumed run repeats, bit for bit
 on a CPU, the run that was never interrupted.
 
-Left out on purpose: other machines (accelerate), other engines (vLLM), launching (see runs).
+Left out on purpose: other machines (accelerate), launching (see runs).
 """
 
 import dataclasses
@@ -37,13 +37,17 @@ from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.objective import PPOConfig, Sample, micro_batches
 from hiper_lab.policy import CRITICS, Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, hf_sampler
+from hiper_lab.sampling import Codec, Sampler, hf_sampler
 from hiper_lab.trajectory import Trajectory
+from hiper_lab.vllm_sampler import Engine, open_engine, vllm_sampler
 
 ENVS = ("household", "alfworld", "webshop")
 PRESETS = ("lab", "paper", "upstream")
+ENGINES = ("hf", "vllm")  # or the address of a server
 # Their fields are flat parameters beside our own.
 STAGES = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
+# Where a run is computed, not what: it may be resumed with others.
+PLACE = ("engine", "engine_memory")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class TrainConfig:
     """Start of the separate critic; empty: a copy of the policy's start."""
     lora_rank: int = 0
     """Rank of the LoRA adapter; 0 trains all weights."""
+    engine: str = "hf"
+    """What samples: ``hf`` (the policy itself), ``vllm`` (in this process), or a server's http
+    address."""
+    engine_memory: float = 0.4
+    """Share of the GPU's memory for ``vllm`` in this process, between 0 and 1."""
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
@@ -100,7 +109,8 @@ class TrainConfig:
     advantage_scale: str = "common"
     """``common``: centre each level, divide all by one scale, clamp to ±5; ``none``."""
     logprob_gap_limit: float = 0.05
-    """Stop if sampler and trainer disagree by more than this on any chosen token, in nats."""
+    """Stop if sampler and trainer disagree by more than this on any chosen token, in nats (with
+    vLLM: in the mean; a hundredth of it on a CPU)."""
     eval_games: int = 200
     """Held-out games per evaluation, before and after; 0 skips it."""
     eval_split: str = "unseen"
@@ -127,6 +137,12 @@ class TrainConfig:
         }.items():  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
+        if not self.engine.startswith(("http://", "https://")) and self.engine not in ENGINES:
+            raise ValueError(
+                f"engine is {self.engine!r}, expected one of {ENGINES} or a server's http address"
+            )
+        if not 0 < self.engine_memory < 1:
+            raise ValueError(f"engine_memory is {self.engine_memory}, expected between 0 and 1")
         unknown = set(self.env_tasks) - set(TASK_TYPES)
         if unknown:
             raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
@@ -320,6 +336,7 @@ class State:
     optimizer: torch.optim.AdamW
     iteration: int = 0
     seconds: float = 0.0
+    engine: Engine | None = None
 
 
 def set_up(config: TrainConfig) -> State:
@@ -355,6 +372,10 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
     state = set_up(config)
     if run:
         run.restore(state)
+    if config.engine != "hf":
+        state.engine = open_engine(
+            config.engine, run and run.path, config.model, config.engine_memory, config.lora_rank
+        )
     if state.iteration == 0:
         # an interruption during the evaluation leaves nothing behind and starts over
         if config.eval_games:
@@ -377,6 +398,19 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
         yield report
 
 
+def make_sampler(state: State, temperature: float, generator: torch.Generator) -> Sampler:
+    """The sampler of the configuration, over the weights as they are now."""
+    config = state.config
+    if state.engine is None:
+        return hf_sampler(state.policy, temperature, generator)
+    state.engine.sync(state.policy, max(0, state.iteration - config.warmup_iterations))
+    return vllm_sampler(
+        state.engine, state.policy, state.codec, temperature, generator,
+        max_new_tokens=config.rollout.max_new_tokens,
+        micro_batch_tokens=config.micro_batch_tokens, gap_limit=config.logprob_gap_limit,
+    )  # fmt: skip
+
+
 def _finished_early(state: State) -> bool:
     limit = state.config.max_minutes * 60
     return bool(limit) and state.seconds >= limit
@@ -390,8 +424,9 @@ def step(state: State) -> StepReport:
     envs, names = make_envs(config, "train", first, config.episodes, config.group_size)
     seeds = [config.seed + i for i in range(config.episodes)]
     generator = _generator(config, state.iteration, "collect", policy.device)
-    sampler = hf_sampler(policy, config.rollout.temperature, generator)
+    sampler = make_sampler(state, config.rollout.temperature, generator)
     trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
+    sampled = state.engine.metrics() if state.engine else {}
     collected = time.perf_counter()
     samples = objective.pack(
         trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
@@ -412,7 +447,7 @@ def step(state: State) -> StepReport:
     trajectory.attach(trajectories, values, credit)
     metrics = {"iteration": state.iteration}
     metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
-    metrics |= logged
+    metrics |= logged | sampled
     ended = time.perf_counter()
     state.seconds += ended - started
     metrics |= {
@@ -601,7 +636,7 @@ def evaluate(state: State) -> Evaluation:
     config = state.config
     envs, names = make_envs(config, config.eval_split, 0, config.eval_games)
     generator = _generator(config, 0, "evaluate", state.policy.device)
-    sampler = hf_sampler(state.policy, config.eval_temperature, generator)
+    sampler = make_sampler(state, config.eval_temperature, generator)
     seeds = list(range(len(envs)))
     played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=seeds)
     won = [t.success for t in played]
@@ -645,7 +680,8 @@ class RunFolder:
         ours = json.loads(json.dumps(asdict(config)))
         if file.exists():
             theirs = json.loads(file.read_text())
-            changed = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+            compared = (ours | theirs).keys() - set(PLACE)
+            changed = sorted(k for k in compared if ours.get(k) != theirs.get(k))
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another {', '.join(changed)}; "
