@@ -1,7 +1,7 @@
 """A stand-in for a vLLM server: its HTTP interface, answered by a real model through transformers.
 
-It is an independent, slow reference: no cache, no batching, one forward pass per token; sampling,
-masks and log-probabilities are written anew. What a request leaves to the server's defaults is
+It is an independent, slow reference: one request at a time; sampling, masks and log-probabilities
+are written anew. What a request leaves to the server's defaults is
 taken from a generation_config as Qwen's has it, so that a request which forgets one is caught.
 """
 
@@ -128,10 +128,12 @@ class StandIn:
         assert {name: asked[name] for name in NEUTRAL} == NEUTRAL, "the request relies on defaults"
         model = self.adapters.get(body["model"], self.model)
         generator = torch.Generator().manual_seed(asked["seed"])
-        ids, written, logprobs = list(asked["prompt"]), [], []
+        ids, written, logprobs = asked["prompt"], [], []
         self._count(body["model"], ids)
+        cache, new = None, ids
         while len(written) < asked["max_tokens"]:
-            raw = model(torch.tensor([ids])).logits[0, -1]
+            out = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+            raw, cache = out.logits[0, -1], out.past_key_values
             masked = raw.clone()
             if asked.get("allowed_token_ids"):
                 masked[:] = -torch.inf
@@ -146,7 +148,7 @@ class StandIn:
                 token = int((drawn + noise).argmax())
             logprobs.append((drawn if self.processed else raw).log_softmax(-1)[token].item())
             written.append(token)
-            ids.append(token)
+            new = [token]
             text = self.tokenizer.decode(written)
             if token in asked["stop_token_ids"] or any(stop in text for stop in asked["stop"]):
                 break
