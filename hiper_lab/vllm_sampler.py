@@ -18,6 +18,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -421,10 +422,16 @@ class InProcess(Engine):
         if self.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= self.lora_rank), self.lora_rank)
             known |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
-        return self._call(
-            self.vllm.LLM, path, logprobs_mode="processed_logprobs", generation_config="vllm",
-            enable_prefix_caching=True, disable_log_stats=False, seed=0, **known,
-        )  # fmt: skip
+        # While it starts, vLLM's CPU build (0.32.0) reads the attributes of every loaded module and
+        # falls over this one, which numba brings.
+        tripping = {n: sys.modules.pop(n) for n in ("llvmlite.binding.ffi",) if n in sys.modules}
+        try:
+            return self._call(
+                self.vllm.LLM, path, logprobs_mode="processed_logprobs", generation_config="vllm",
+                enable_prefix_caching=True, disable_log_stats=False, seed=0, **known,
+            )  # fmt: skip
+        finally:
+            sys.modules.update(tripping)
 
     def generate(self, requests: list[Request]) -> list[Written]:
         prompts = [self.vllm.TokensPrompt(prompt_token_ids=r.ids) for r in requests]

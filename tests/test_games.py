@@ -46,18 +46,12 @@ def episode(env: HouseholdEnv, expert: Expert) -> tuple[bool, list[tuple[bool, s
 def test_the_walkthrough_wins_at_its_last_command(size, task_type):
     for seed in range(9):
         split = SPLITS[seed % 3]
-        game = json.loads(
-            json.dumps(generate_game(seed, split=split, size=size, task_type=task_type))
-        )
+        game = json.loads(json.dumps(generate_game(seed, split=split, size=size,
+                                                   task_type=task_type)))
         assert game["solvable"] and len(game["walkthrough"]) in PLAN_TURNS
         meta = game["meta"]
-        assert meta == {
-            "task_type": task_type,
-            "split": split,
-            "seed": seed,
-            "size": size,
-            "room": meta["room"],
-        }
+        assert meta == {"task_type": task_type, "split": split, "seed": seed, "size": size,
+                        "room": meta["room"]}
         env = HouseholdEnv(game)
         assert env.world.goal.task_type == task_type
         _, info = env.reset()
@@ -88,9 +82,8 @@ def test_games_of_each_horizon_have_plans_of_its_length(size):
 def test_any_length_of_plan_is_one_that_the_formula_allows():
     for task_type in (*TASK_TYPES, *LONG_TASK_TYPES):
         for seed in range(12):
-            game = generate_game(
-                seed, size=SIZES[seed % 3], task_type=task_type, turns=range(1, 99)
-            )
+            game = generate_game(seed, size=SIZES[seed % 3], task_type=task_type,
+                                 turns=range(1, 99))
             assert len(game["walkthrough"]) in plan_lengths(task_type)
 
 
@@ -121,14 +114,9 @@ def test_the_walkthrough_is_a_shortest_plan(turns):
         assert shortest(HouseholdEnv(game, None), plan) == plan
 
 
-@pytest.mark.parametrize(
-    ("size", "receptacles", "objects"),
-    [
-        ("small", range(6, 9), range(6, 11)),
-        ("medium", range(12, 17), range(12, 21)),
-        ("full", range(7, 29), range(16, 33)),
-    ],
-)
+@pytest.mark.parametrize(("size", "receptacles", "objects"), [
+    ("small", range(6, 9), range(6, 11)), ("medium", range(12, 17), range(12, 21)),
+    ("full", range(7, 29), range(16, 33))])
 def test_sizes_are_kept_and_objects_lie_where_they_fit(size, receptacles, objects):
     shared = set()
     for seed in range(40):
@@ -146,10 +134,8 @@ def test_the_task_is_worded_as_in_alfworld():
     for seed in range(60):
         game = generate_game(seed)
         goal = World.from_game(game).goal
-        sentences = [
-            text.format(o=goal.object, r=goal.lamp or goal.receptacle) + "."
-            for text in WORDING[goal.task_type]
-        ]
+        sentences = [text.format(o=goal.object, r=goal.lamp or goal.receptacle) + "."
+                     for text in WORDING[goal.task_type]]
         line = re.search(r'"rhs": "Your task is to: (.*)"\n', game["grammar"])
         assert line[1] in sentences
 
@@ -168,23 +154,14 @@ def test_a_room_is_a_fixed_layout_and_unseen_rooms_are_held_out():
 
 
 def test_the_same_arguments_give_the_same_game_and_play_in_any_process():
-    code = (
-        "from tests.test_games import *;"
-        "games = [generate_game(s, size=z) for s in range(6) for z in SIZES];"
-        "envs = [HouseholdEnv(game) for game in games];"
-        "plays = [episode(e, Expert(e, random.Random(0), 0.3)) for e in envs];"
-        "print(json.dumps([games, plays]))"
-    )
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parents[1],
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
+    code = ("from tests.test_games import *;"
+            "games = [generate_game(s, size=z) for s in range(6) for z in SIZES];"
+            "envs = [HouseholdEnv(game) for game in games];"
+            "plays = [episode(e, Expert(e, random.Random(0), 0.3)) for e in envs];"
+            "print(json.dumps([games, plays]))")
+    said = {subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True).stdout
+            for seed in ("1", "2")}
     assert len(said) == 1
     games, _ = json.loads(said.pop())
     assert games[0] == generate_game(0)
@@ -194,7 +171,8 @@ def test_small_games_their_text_and_the_expert_stay_what_the_embedded_model_was_
     """The digest is of 200 games and of an erring expert's episodes in them, as first released."""
     digest = hashlib.sha256()
     for seed in range(200):
-        game = generate_game(seed, split=SPLITS[seed % 3], task_type=(*TASK_TYPES, None)[seed % 7])
+        game = generate_game(seed, split=SPLITS[seed % 3],
+                             task_type=(*TASK_TYPES, None)[seed % 7])
         env = HouseholdEnv(game)
         expert = Expert(env, random.Random(seed), 0.2)
         observation, info = env.reset()
@@ -208,25 +186,17 @@ def test_small_games_their_text_and_the_expert_stay_what_the_embedded_model_was_
     assert digest.hexdigest() == "38d43f70e86e4423db9c192bfe02aa548ce248e9f44c311b86fa9039a578c37c"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"seed": "0"}, "seed: saw '0', expected an int"),
-        ({"seed": 0, "split": "test"}, "split: saw 'test', expected one of"),
-        ({"seed": 0, "size": "tiny"}, "size: saw 'tiny', expected one of"),
-        ({"seed": 0, "task_type": "cook"}, "task_type: saw 'cook', expected one of"),
-        ({"seed": 0, "turns": range(5, 5)}, r"turns: saw range\(5, 5\), expected a range of plan"),
-        ({"seed": 0, "turns": 5}, "turns: saw 5, expected a range of plan lengths, not empty"),
-        (
-            {"seed": 0, "turns": range(30, 40)},
-            "found no small game of any task with a plan that long",
-        ),
-        (
-            {"seed": 0, "task_type": "pick_and_place_simple", "turns": range(9, 12)},
-            "found no small game of pick_and_place_simple with a plan that long, expected for instance",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"seed": "0"}, "seed: saw '0', expected an int"),
+    ({"seed": 0, "split": "test"}, "split: saw 'test', expected one of"),
+    ({"seed": 0, "size": "tiny"}, "size: saw 'tiny', expected one of"),
+    ({"seed": 0, "task_type": "cook"}, "task_type: saw 'cook', expected one of"),
+    ({"seed": 0, "turns": range(5, 5)}, r"turns: saw range\(5, 5\), expected a range of plan"),
+    ({"seed": 0, "turns": 5}, "turns: saw 5, expected a range of plan lengths, not empty"),
+    ({"seed": 0, "turns": range(30, 40)}, "found no small game of any task with a plan that long"),
+    ({"seed": 0, "task_type": "pick_and_place_simple", "turns": range(9, 12)},
+     "found no small game of pick_and_place_simple with a plan that long, expected for instance"),
+])
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         generate_game(**arguments)
@@ -244,10 +214,8 @@ def test_the_expert_wins_every_small_game(task_type, split):
         assert switches == [a != b for a, b in zip(subgoals, ["", *subgoals], strict=False)]
         goal = env.world.goal
         assert subgoals[0] == f"find a {goal.object}"
-        assert subgoals[-1] in (
-            f"turn on the {goal.lamp}",
-            f"put the {goal.object} in the {goal.receptacle}",
-        )
+        assert subgoals[-1] in (f"turn on the {goal.lamp}",
+                                f"put the {goal.object} in the {goal.receptacle}")
         assert not goal.treatment or f"{goal.treatment} the {goal.object}" in subgoals
 
 
@@ -271,8 +239,7 @@ def test_the_expert_knows_only_what_it_has_read():
         places = [r for r in world.receptacles if world.types[r] != world.goal.receptacle]
         home = random.Random(seed).choice(places)
         moved = re.sub(r"\(inReceptacle \w+ \w+\)", "", game["pddl_problem"]).replace(
-            "(:init", f"(:init (inReceptacle {target} {home})"
-        )
+            "(:init", f"(:init (inReceptacle {target} {home})")
         env = HouseholdEnv({**game, "pddl_problem": moved}, max_turns=30)
         assert episode(env, Expert(HouseholdEnv(world), random.Random(seed)))[0]
 

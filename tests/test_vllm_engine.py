@@ -84,8 +84,8 @@ def test_first_moves_are_drawn_as_often_as_by_the_hf_sampler(started):
 
     counts = []
     for sampler in both:
-        envs = [HouseholdEnv(generate_game(0), 1) for _ in range(800)]
-        played = collect(sampler, codec, envs, RolloutConfig(), names=["0"] * 800, seeds=[0] * 800)
+        envs = [HouseholdEnv(generate_game(0), 1) for _ in range(400)]
+        played = collect(sampler, codec, envs, RolloutConfig(), names=["0"] * 400, seeds=[0] * 400)
         counts.append(Counter(t.turns[0].action for t in played))
     kinds = [k for k in counts[0] | counts[1] if counts[0][k] + counts[1][k] >= 10]
     table = torch.tensor([[c[k] for k in kinds] for c in counts], dtype=torch.float64)
