@@ -7,7 +7,7 @@ tokens were no choice and have no gradient. Logits are computed only where a tok
 Left out on purpose: optimizers, sampling, how credit is estimated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from hiper_lab.credit import LEVELS, Credit, Values
 from hiper_lab.policy import Policy, Scores, scores
 from hiper_lab.protocol import KEEP, Role
-from hiper_lab.sampling import Codec, allowed_mask, allowed_sets
+from hiper_lab.sampling import Codec, allowed_mask, allowed_sets, micro_batches
 from hiper_lab.trajectory import Trajectory, Turn, boundaries
 
 _LEVEL_OF_ROLE = torch.tensor([LEVELS.index(level) for level in ("switch", "high", "low", "low")])
@@ -139,20 +139,6 @@ def assign(
     for i, (sample, goal) in enumerate(zip(samples, target[index].tolist(), strict=True)):
         sample.advantage, sample.target, sample.value_old = advantage[i], goal, old[i]
         sample.train_high = high_everywhere or opens[i]
-
-
-def micro_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Split rows, longest first, so that rows × longest row ≤ ``tokens`` (one row at the least).
-
-    Example:
-        >>> list(micro_batches([3, 9, 4, 10], tokens=20))
-        [[3, 1], [2, 0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, tokens // max(1, lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]
 
 
 def collate(samples: list[Sample], vocab: int, device: torch.device) -> Batch:

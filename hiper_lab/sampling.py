@@ -12,9 +12,10 @@ log-probabilities are renormalised over the same sets both times and the PPO rat
 Left out on purpose: other engines (their adapters drive the same decoders).
 """
 
-from collections.abc import Callable, Generator, Iterable
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -257,7 +258,35 @@ def hf_sampler(policy: Policy, temperature: float, generator: torch.Generator) -
         temperature: 0 is greedy (log-probabilities are then those of temperature 1).
         generator: Source of randomness, on the policy's device.
     """
-    return partial(_sample, policy, temperature, generator)
+
+    def sample(
+        prompts: list[Prompt], drafts: list[Draft], decoders: list[Decoder]
+    ) -> list[Response]:
+        responses: dict[int, Response] = {}
+        for index in micro_batches([len(prompt.dynamic) for prompt in prompts]):
+            rows = [[column[i] for i in index] for column in (prompts, drafts, decoders)]
+            responses |= zip(index, _sample(policy, temperature, generator, *rows), strict=True)
+        return [responses[i] for i in range(len(prompts))]
+
+    return sample
+
+
+def micro_batches(lengths: Sequence[int], tokens: float = math.inf) -> Iterator[list[int]]:
+    """Split rows, longest first, so that rows × longest row ≤ ``tokens`` (one row at the least).
+
+    No row is shorter than half the longest beside it: less than half of the work is padding.
+
+    Example:
+        >>> list(micro_batches([3, 9, 4, 10], tokens=30))
+        [[3, 1], [2, 0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        longest = max(1, lengths[order[0]])
+        alike = sum(2 * lengths[i] >= longest for i in order)
+        size = max(1, int(min(tokens / longest, alike)))
+        yield order[:size]
+        order = order[size:]
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ def read_sweep(path: Path | str, overrides: dict[str, Any] | None = None) -> Swe
             raise ValueError(f"{path}, arm {arm!r}: {error}") from error
         if (twin := seen.setdefault(str(config), arm)) != arm:
             raise ValueError(f"{path}: arms {twin!r} and {arm!r} are the same configuration")
-    runs = {f"{arm}-seed{k}": p | {"seed": k} for arm, p in arms.items() for k in seeds}
+    # seed by seed: a budget that ends early has treated every arm alike
+    runs = {f"{arm}-seed{k}": p | {"seed": k} for k in seeds for arm, p in arms.items()}
     budget, kinds = given.get("budget") or {}, {"processes": int, "minutes": float, "gpus": float}
     if not isinstance(budget, dict) or set(budget) - set(kinds):
         raise ValueError(f"{path}: budget is {budget}, expected a mapping of {sorted(kinds)}")

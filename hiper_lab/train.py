@@ -29,7 +29,15 @@ from torch import Tensor
 
 from hiper_lab import objective, trajectory
 from hiper_lab.credit import LEVELS, Credit, CreditConfig, TurnGrid, Values, estimate
-from hiper_lab.envs.games import SIZES, SPLITS, TASK_TYPES, generate_game
+from hiper_lab.envs.games import (
+    HORIZONS,
+    LONG_TASK_TYPES,
+    PLAN_TURNS,
+    SIZES,
+    SPLITS,
+    TASK_TYPES,
+    generate_game,
+)
 from hiper_lab.envs.household import HouseholdEnv, find_games, load_game
 from hiper_lab.envs.shop import Shop, embedded_shop
 from hiper_lab.envs.webshop import WebShopEnv
@@ -64,7 +72,10 @@ class TrainConfig:
     env_size: str = "small"
     """Size of generated household games: small, medium or full."""
     env_tasks: tuple[str, ...] = ()
-    """Task types of the games; empty: all six."""
+    """Task types of the games; empty: all six, or those that can have the horizon."""
+    env_horizon: str = "any"
+    """Turns that a generated household game takes at best: short (4 to 6), middle (7 to 10), long
+    (11 to 20; tasks of two treated or of three objects), or any (4 to 10)."""
     max_turns: int = 24
     """Turn limit of an episode."""
     reward_scale: float = 1.0
@@ -132,7 +143,7 @@ class TrainConfig:
     def __post_init__(self):
         splits, scales = SPLITS, ("common", "none")
         for name, choices in {
-            "env": ENVS, "env_size": SIZES, "critic": CRITICS,
+            "env": ENVS, "env_size": SIZES, "env_horizon": ("any", *HORIZONS), "critic": CRITICS,
             "eval_split": splits, "advantage_scale": scales,
         }.items():  # fmt: skip
             if getattr(self, name) not in choices:
@@ -143,9 +154,10 @@ class TrainConfig:
             )
         if not 0 < self.engine_memory < 1:
             raise ValueError(f"engine_memory is {self.engine_memory}, expected between 0 and 1")
-        unknown = set(self.env_tasks) - set(TASK_TYPES)
+        known = (*TASK_TYPES, *LONG_TASK_TYPES)
+        unknown = set(self.env_tasks) - set(known)
         if unknown:
-            raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {TASK_TYPES}")
+            raise ValueError(f"env_tasks has {sorted(unknown)}, expected some of {known}")
         least = {"iterations": 0, "episodes": 1, "max_turns": 1, "epochs": 1, "minibatch_turns": 1,
                  "group_size": 2 if self.credit.estimator in GROUP_RELATIVE else 1,
                  "micro_batch_tokens": 1, "checkpoint_every": 1, "rollout_every": 1,
@@ -241,12 +253,17 @@ def make_envs(
         ValueError: If they are broken, or have no such split.
     """
     tasks = config.env_tasks or TASK_TYPES
+    if config.env_horizon != "any" and not config.env_tasks:
+        tasks = (None,)  # drawn among those that can be so long
     numbers = [start + k // copies for k in range(count)]
     if config.env == "household":
         games = [
-            generate_game(k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)])
+            generate_game(
+                k, split=split, size=config.env_size, task_type=tasks[k % len(tasks)],
+                turns=HORIZONS.get(config.env_horizon, PLAN_TURNS),
+            )
             for k in numbers
-        ]
+        ]  # fmt: skip
         names = [f"{split}/{config.env_size}/{k}" for k in numbers]
     elif config.env == "alfworld":
         folder = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}[split]
@@ -680,6 +697,10 @@ class RunFolder:
         ours = json.loads(json.dumps(asdict(config)))
         if file.exists():
             theirs = json.loads(file.read_text())
+            # what the code that began the run did not know, it did as is the default
+            for name, value in json.loads(json.dumps(asdict(TrainConfig()))).items():
+                seen = theirs.setdefault(name, value)
+                theirs[name] = value | seen if isinstance(value, dict) else seen
             compared = (ours | theirs).keys() - set(PLACE)
             changed = sorted(k for k in compared if ours.get(k) != theirs.get(k))
             if changed:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hiper_lab import objective, protocol
-from hiper_lab.envs.games import TASK_TYPES, Expert, generate_game
+from hiper_lab.envs.games import HORIZONS, PLAN_TURNS, TASK_TYPES, Expert, generate_game
 from hiper_lab.envs.household import HouseholdEnv
 from hiper_lab.policy import Policy
 from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Context
@@ -28,7 +28,6 @@ from hiper_lab.sampling import Codec, Draft, guided
 from hiper_lab.trajectory import Turn
 
 CLONE_TURNS = 32  # turns per optimiser step
-MAX_TURNS = 24
 FIRST_SEED = 1_000_000  # games of the expert, far from the games of training runs
 
 
@@ -41,16 +40,18 @@ class Decision(NamedTuple):
 
 
 def watch_expert(
-    episodes: int, mistake_rate: float, max_turns: int, seed: int
+    episodes: int, mistake_rate: float, max_turns: int, seed: int, horizon: str = "any"
 ) -> tuple[list[list[Decision]], float]:
     """Let the expert play training games; its decisions, and its success rate.
 
     Each episode has a mistake rate of its own, uniform between 0 and ``mistake_rate``:
-    demonstrators of every skill.
+    demonstrators of every skill. ``horizon`` is that of :class:`hiper_lab.train.TrainConfig`.
     """
     played, won = [], 0
+    turns = HORIZONS.get(horizon, PLAN_TURNS)
     for k in tqdm(range(episodes), desc="expert", leave=False):
-        game = generate_game(FIRST_SEED + seed + k, task_type=TASK_TYPES[k % len(TASK_TYPES)])
+        task_type = TASK_TYPES[k % len(TASK_TYPES)] if horizon == "any" else None
+        game = generate_game(FIRST_SEED + seed + k, task_type=task_type, turns=turns)
         env = HouseholdEnv(game, max_turns)
         rng = random.Random(f"expert/{seed}/{k}")
         expert = Expert(env, rng, rng.uniform(0, mistake_rate))
@@ -161,6 +162,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models" / "tiny")
     parser.add_argument("--episodes", type=int, default=3000, help="to watch (default 3000)")
     parser.add_argument("--mistakes", type=float, default=0.9, help="highest rate (default 0.9)")
+    parser.add_argument("--horizon", choices=("any", *HORIZONS), default="any",
+                        help="plans as long as train's env_horizon says (default any)")  # fmt: skip
+    parser.add_argument("--max-turns", type=int, default=24, help="of an episode (default 24)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over them (default 2)")
     parser.add_argument("--width", type=int, default=64, help="hidden size (default 64)")
     parser.add_argument("--layers", type=int, default=2, help="(default 2)")
@@ -168,7 +172,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = RolloutConfig()
-    played, success = watch_expert(args.episodes, args.mistakes, MAX_TURNS, args.seed)
+    played, success = watch_expert(
+        args.episodes, args.mistakes, args.max_turns, args.seed, args.horizon
+    )
     print(f"expert: {success:.1%} success in {args.episodes} training games")
     texts = [
         text

@@ -97,7 +97,7 @@ def gone(pids, seconds: float = 60) -> bool:
 def test_the_committed_sweep_is_three_arms_by_three_seeds(root):
     plan = runs.read_sweep(root / "experiments" / "hae_vs_gae.yaml")
     assert list(plan.runs) == [
-        f"{a}-seed{k}" for a in ("hae", "hae_paper", "gae") for k in range(3)
+        f"{a}-seed{k}" for k in range(3) for a in ("hae", "hae_paper", "gae")
     ]
     configs = {name: sweeps.TrainConfig.from_parameters(p) for name, p in plan.runs.items()}
     said = {c.credit.lam_boundary for n, c in configs.items() if n.startswith("hae-seed")}
@@ -122,8 +122,8 @@ def test_arms_are_all_combinations_of_the_axes(stand_in):
     named = {"slow": {"lr": 0.1, "gamma": 0.5}, "fast": {"lr": 0.2}}
     path = stand_in(base={"gamma": 0.8}, grid={"pace": named, "lam_low": [0.0, 1.0]}, seeds=[7, 8])
     plan = runs.read_sweep(path, {"gamma": 0.7, "iterations": 2})
-    assert list(plan.runs)[::2] == [
-        f"{pace}-lam_low={lam}-seed7" for pace in named for lam in ("0.0", "1.0")
+    assert list(plan.runs) == [  # seed by seed
+        f"{pace}-lam_low={lam}-seed{k}" for k in (7, 8) for pace in named for lam in ("0.0", "1.0")
     ]
     # what an arm says wins over -p, which wins over the base
     assert plan.runs["slow-lam_low=1.0-seed8"] == {

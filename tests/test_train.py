@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from hiper_lab import train, trajectory
 from hiper_lab.credit import CreditConfig
+from hiper_lab.envs.games import HORIZONS, generate_game
 from hiper_lab.train import RunFolder, TrainConfig
 
 SMALL = {
-    "iterations": 3, "episodes": 4, "max_turns": 5, "warmup_iterations": 1, "eval_games": 3,
+    "iterations": 3, "episodes": 8, "max_turns": 8, "warmup_iterations": 1, "eval_games": 3,
     "rollout_every": 1, "minibatch_turns": 8, "env_tasks": ["pick_and_place_simple"],
 }  # fmt: skip
 
@@ -32,6 +33,7 @@ def weights(folder, iteration):
 def test_resume_after_a_kill_is_bit_exact(tmp_path, monkeypatch):
     whole = [stable(r.metrics) for r in train.train(small(), tmp_path / "whole")]
     assert [m["iteration"] for m in whole] == [0, 1, 2, 3]
+    assert whole[3]["policy/grad_norm"] > 0  # it learns, so there is something to repeat
 
     # killed in the middle of iteration 2's update, with half a line of metrics written
     cut, real, calls = tmp_path / "cut", train._minibatch, []
@@ -69,6 +71,19 @@ def test_same_seed_same_run_other_seed_other_run():
     assert run(0) == run(0) != run(1)
 
 
+def test_horizons_ask_for_plans_of_their_length():
+    for horizon, turns in HORIZONS.items():
+        config = small(env_horizon=horizon, env_tasks=[], max_turns=24)
+        envs, _ = train.make_envs(config, "unseen", 0, 3)
+        plans = [generate_game(k, split="unseen", turns=turns)["walkthrough"] for k in range(3)]
+        assert all(len(plan) in turns for plan in plans)
+        for env, plan in zip(envs, plans, strict=True):
+            env.reset()
+            assert [env.step(command)[2] for command in plan] == [False] * (len(plan) - 1) + [True]
+    with pytest.raises(ValueError, match="env_horizon is 'far', expected one of .*'long'"):
+        small(env_horizon="far")
+
+
 def test_an_incomplete_checkpoint_does_not_count(tmp_path, monkeypatch):
     list(train.train(small(iterations=1), tmp_path))
     state = train.set_up(small(iterations=1))
@@ -88,6 +103,13 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_configuration(tmp_path):
     list(train.train(small(iterations=0), tmp_path))
+    file = tmp_path / "config.json"
+    older = json.loads(file.read_text())
+    del older["env_horizon"], older["credit"]["lam_boundary"]  # begun before there were such fields
+    file.write_text(json.dumps(older))
+    RunFolder(tmp_path, small(iterations=0))
+    with pytest.raises(ValueError, match="another credit; use another folder"):
+        RunFolder(tmp_path, small(iterations=0, lam_boundary=0.5))
     with pytest.raises(ValueError, match="another lr, seed; use another folder"):
         next(train.train(small(iterations=0, seed=4, lr=1e-3), tmp_path))
 
@@ -146,10 +168,10 @@ def test_groups_play_one_game_and_only_a_game_that_varies_teaches():
     config = small(estimator="grpo", group_size=2, warmup_iterations=0, eval_games=0)
     report = next(r for r in train.train(config) if r.trajectories)
     games = [t.game for t in report.trajectories]
-    assert games[::2] == games[1::2] and len(set(games)) == 2
-    returns = torch.tensor([t.return_ for t in report.trajectories]).reshape(2, 2)
+    assert games[::2] == games[1::2] and len(set(games)) == 4
+    returns = torch.tensor([t.return_ for t in report.trajectories]).reshape(4, 2)
     varies = returns[:, 0] != returns[:, 1]
-    assert torch.equal(report.credit.low.reshape(2, 2, -1).abs().sum((1, 2)) > 0, varies)
+    assert torch.equal(report.credit.low.reshape(4, 2, -1).abs().sum((1, 2)) > 0, varies)
 
     def states(similarity):
         like = small(
@@ -161,7 +183,7 @@ def test_groups_play_one_game_and_only_a_game_that_varies_teaches():
     assert states(0.2) < states(1.0)  # the parameter reaches the trainer
     with pytest.raises(ValueError, match="group_size is 1, expected at least 2"):
         small(estimator="gigpo")
-    with pytest.raises(ValueError, match="episodes is 4, expected a multiple of group_size 3"):
+    with pytest.raises(ValueError, match="episodes is 8, expected a multiple of group_size 3"):
         small(group_size=3)
 
 
