@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -31,11 +30,12 @@ import httpx
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from hiper_lab.objective import Sample, collate, micro_batches, read_scores
+from hiper_lab.objective import Sample, collate, read_scores
 from hiper_lab.policy import SMOLLM, TINY, Policy
 from hiper_lab.protocol import SKELETON, Response
-from hiper_lab.sampling import Codec, Decoder, Draft, Prompt, Sampler
+from hiper_lab.sampling import Codec, Decoder, Draft, Prompt, Sampler, micro_batches
 
 TESTED = "0.32"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for
@@ -87,7 +87,7 @@ class Engine:
         self.version: int | None = None
         self.forget()
 
-    def generate(self, requests: list[Request]) -> list[Written]:
+    def _generate(self, requests: list[Request]) -> list[Written]:
         raise NotImplementedError
 
     def _load(self, policy: Policy, path: Path) -> None:
@@ -118,6 +118,38 @@ class Engine:
         self.forget()
         self.sync_seconds = time.perf_counter() - started
         self.prefix_before = self._prefix_tokens()
+
+    def answer(self, requests: list[Request]) -> list[Written]:
+        """Generate for all requests at once.
+
+        Raises:
+            EngineError: If the engine fails.
+        """
+        answers = self._generate(requests)
+        self.requests += len(requests)
+        self.drawn += sum(len(answer.ids) for answer in answers)
+        return answers
+
+    def compare(self, engines: Tensor, trainers: Tensor, limit: float, device: str) -> None:
+        """Take note of how far apart two log-probabilities of the same tokens are.
+
+        Raises:
+            EngineError: If the mean since the last sync is above the limit; on a CPU, where both
+                compute in float32, above a hundredth of it.
+        """
+        gap = (trainers - engines).abs()
+        self.gap_sum += gap.sum().item()
+        self.gap_max = max([self.gap_max, *gap.tolist()])
+        self.tokens += len(gap)
+        mean, limit = self.gap_sum / max(1, self.tokens), limit if device == "cuda" else limit / 100
+        if not mean <= limit:
+            raise EngineError(
+                f"vLLM and the trainer disagree by {mean:.3g} nats in the mean over {self.tokens} "
+                f"tokens (at most by {self.gap_max:.3g}; limit {limit}): vLLM serves another "
+                "model, kept older weights, or computes too coarsely. A server on a CPU cannot "
+                "take new full weights: use LoRA there (lora_rank), or engine 'vllm'. Raise "
+                f"logprob_gap_limit only if you know why; {RESUME}"
+            )
 
     def _path(self, version: int | None) -> Path:
         return Path(self.files.name) / f"weights-{version}"
@@ -174,8 +206,7 @@ def vllm_sampler(
         generator: Gives every request its seed: an answer does not depend on its batch.
         max_new_tokens: As the decoders have it; bounds what is asked for at once.
         micro_batch_tokens: Tokens per forward pass when the trainer scores what was written.
-        gap_limit: Stop if engine and trainer disagree by more than this in the mean over all
-            tokens since the last sync, in nats; on a CPU, in float32, a hundredth of it.
+        gap_limit: How far engine and trainer may disagree in the mean, in nats.
     """
     known = {id(s): restriction(s, policy.vocab) for s in (codec.subgoal_first, codec.subgoal_next)}
 
@@ -190,39 +221,38 @@ def vllm_sampler(
         limits = known.get(id(allowed)) or restriction(allowed, policy.vocab)
         return Request(ids, limits, length, stop, stop_ids, temperature, seed)
 
-    limit = gap_limit / (1 if policy.device.type == "cuda" else 100)
-    score = partial(_score, engine, policy, temperature, micro_batch_tokens, limit)
-    return partial(_sample, engine, ask, score, generator)
-
-
-def _sample(
-    engine: Engine,
-    ask: Callable,
-    score: Callable,
-    generator: torch.Generator,
-    prompts: list[Prompt],
-    drafts: list[Draft],
-    decoders: list[Decoder],
-) -> list[Response]:
-    """Rounds of one request per response that is not finished, until all are."""
-    writers = [_Writer(draft, decoder) for draft, decoder in zip(drafts, decoders, strict=True)]
-    running = [i for i, writer in enumerate(writers) if writer.response is None]
-    while running:
-        seeds = torch.randint(
-            2**62, (len(running),), generator=generator, device=generator.device
-        ).tolist()
-        requests = [
-            ask([*prompts[i].ids, *drafts[i].ids], writers[i].allowed, seed)
-            for i, seed in zip(running, seeds, strict=True)
+    def sample(
+        prompts: list[Prompt], drafts: list[Draft], decoders: list[Decoder]
+    ) -> list[Response]:
+        """Rounds of one request per response that is not finished, until all are."""
+        writers = [_Writer(*row) for row in zip(drafts, decoders, strict=True)]
+        while running := [i for i, writer in enumerate(writers) if writer.response is None]:
+            seeds = torch.randint(
+                2**62, (len(running),), generator=generator, device=generator.device
+            ).tolist()
+            answers = engine.answer([
+                ask([*prompts[i].ids, *drafts[i].ids], writers[i].allowed, seed)
+                for i, seed in zip(running, seeds, strict=True)
+            ])  # fmt: skip
+            for i, answer in zip(running, answers, strict=True):
+                writers[i].take(answer)
+        rows = [
+            _as_sample(prompt, writer.draft, writer.sets)
+            for prompt, writer in zip(prompts, writers, strict=True)
         ]
-        answers = engine.generate(requests)
-        engine.requests += len(requests)
-        engine.drawn += sum(len(answer.ids) for answer in answers)
-        for i, answer in zip(running, answers, strict=True):
-            writers[i].take(answer)
-        running = [i for i in running if writers[i].response is None]
-    score(prompts, drafts, [writer.sets for writer in writers])
-    return [writer.response for writer in writers]
+        for index in micro_batches([len(row.ids) for row in rows], micro_batch_tokens):
+            batch = collate([rows[i] for i in index], policy.vocab, policy.device)
+            with torch.no_grad():
+                hidden = policy.hidden(batch.ids)
+                now = read_scores(policy, batch, hidden, temperature).logprob
+            engine.compare(batch.logprob_old, now, gap_limit, policy.device.type)
+            scored = iter(now.tolist())
+            for i in index:
+                for at in rows[i].at:
+                    drafts[i].logprobs[at + 1 - rows[i].prompt] = next(scored)
+        return [writer.response for writer in writers]
+
+    return sample
 
 
 class _Writer:
@@ -271,46 +301,6 @@ def restriction(allowed: np.ndarray | None, vocab: int) -> dict[str, Any]:
         return {"allowed_token_ids": allowed.tolist()}
     banned = np.setdiff1d(np.arange(vocab), allowed)
     return {"logit_bias": dict.fromkeys(banned.tolist(), BAN)}
-
-
-@torch.no_grad()
-def _score(
-    engine: Engine,
-    policy: Policy,
-    temperature: float,
-    tokens: int,
-    limit: float,
-    prompts: list[Prompt],
-    drafts: list[Draft],
-    sets: list[list[np.ndarray | None]],
-) -> None:
-    """Put the trainer's log-probabilities in place of the engine's, and measure the difference.
-
-    Raises:
-        EngineError: If the mean difference since the last sync is above the limit.
-    """
-    samples = [_as_sample(*row) for row in zip(prompts, drafts, sets, strict=True)]
-    for index in micro_batches([len(s.ids) for s in samples], tokens):
-        rows = [samples[i] for i in index]
-        batch = collate(rows, policy.vocab, policy.device)
-        now = read_scores(policy, batch, policy.hidden(batch.ids), temperature).logprob
-        gap = (now - batch.logprob_old).abs()
-        engine.gap_sum += gap.sum().item()
-        engine.gap_max = max(engine.gap_max, gap.max().item() if len(gap) else 0.0)
-        engine.tokens += len(gap)
-        parts = now.tolist()
-        for i, row in zip(index, rows, strict=True):
-            for at in row.at:
-                drafts[i].logprobs[at + 1 - row.prompt] = parts.pop(0)
-    mean = engine.gap_sum / max(1, engine.tokens)
-    if not mean <= limit:
-        raise EngineError(
-            f"vLLM and the trainer disagree by {mean:.3g} nats in the mean over {engine.tokens} "
-            f"tokens (at most by {engine.gap_max:.3g}; limit {limit}): vLLM serves another model, "
-            "kept older weights, or computes too coarsely. A server on a CPU cannot take new full "
-            "weights: use LoRA there (lora_rank), or engine 'vllm'. Raise logprob_gap_limit only "
-            f"if you know why; {RESUME}"
-        )
 
 
 def _as_sample(prompt: Prompt, draft: Draft, sets: list[np.ndarray | None]) -> Sample:
@@ -433,7 +423,7 @@ class InProcess(Engine):
         finally:
             sys.modules.update(tripping)
 
-    def generate(self, requests: list[Request]) -> list[Written]:
+    def _generate(self, requests: list[Request]) -> list[Written]:
         prompts = [self.vllm.TokensPrompt(prompt_token_ids=r.ids) for r in requests]
         parameters = [
             self.vllm.SamplingParams(
@@ -498,7 +488,7 @@ class Server(Engine):
         who = f"the server at {self.address} (vLLM {version}; tested with {TESTED})"
         try:
             only = {"allowed_token_ids": [5]}
-            (written,) = self.generate([Request([0, 1, 2, 3], only, 1, [], [], 1.0, 0)])
+            (written,) = self._generate([Request([0, 1, 2, 3], only, 1, [], [], 1.0, 0)])
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"{who} does not answer as vLLM does: {type(error).__name__} {error}; expected "
@@ -526,7 +516,7 @@ class Server(Engine):
             self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": where})
             self._ask("/reset_prefix_cache", {})
 
-    def generate(self, requests: list[Request]) -> list[Written]:
+    def _generate(self, requests: list[Request]) -> list[Written]:
         return list(self.pool.map(self._complete, requests))
 
     def _complete(self, request: Request) -> Written:
