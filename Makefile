@@ -16,7 +16,7 @@ demo test test-vllm bench: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(INSTALLED)  ## train the embedded agent on household games, into runs/demo (resumes)
 	@$(PY) -m hiper_lab.runs launch experiments/tiny_household.yaml --out $(RUN)

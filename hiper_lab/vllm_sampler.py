@@ -385,7 +385,7 @@ class InProcess(Engine):
                 if base in (TINY, SMOLLM):  # these are no folders
                     base = str(self._path(None))
                     export_model(policy, Path(base))
-                self.llm = self._build(base, policy.device.type)
+                self.llm = self._build(base, policy)
             export_adapter(policy, path)
             from vllm.lora.request import LoRARequest
 
@@ -395,19 +395,22 @@ class InProcess(Engine):
             export_model(policy, path)
             self.llm = None
             gc.collect()
-            self.llm = self._build(str(path), policy.device.type)
+            self.llm = self._build(str(path), policy)
         else:
             weights = iter(policy.lm.state_dict().items())
             self._call(self.llm.collective_rpc, "reload_weights",
                        kwargs={"weights_iterator": weights})  # fmt: skip
             self.llm.reset_prefix_cache()
 
-    def _build(self, path: str, device: str) -> Any:
+    def _build(self, path: str, policy: Policy) -> Any:
         known: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": self.memory}
-        if device == "cpu":
+        if policy.device.type == "cpu":
+            # whole prompts only: a seeded request dies where its prompt is split (0.32.0)
+            length = min(policy.lm.config.max_position_embeddings, 8192)
             known = {
                 "dtype": "float32", "enforce_eager": True, "block_size": 32,
-                "kv_cache_memory_bytes": 2**30,
+                "kv_cache_memory_bytes": 2**30, "enable_chunked_prefill": False,
+                "max_model_len": length, "max_num_batched_tokens": length,
             }  # fmt: skip
         if self.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= self.lora_rank), self.lora_rank)
