@@ -85,7 +85,8 @@ class Engine:
     def __init__(self, folder: Path | None):
         self.files = TemporaryDirectory(prefix=".engine-", dir=folder)
         self.version: int | None = None
-        self.forget()
+        self.sync_seconds = 0.0
+        self._forget()
 
     def _generate(self, requests: list[Request]) -> list[Written]:
         raise NotImplementedError
@@ -93,12 +94,14 @@ class Engine:
     def _load(self, policy: Policy, path: Path) -> None:
         raise NotImplementedError
 
-    def _prefix_tokens(self) -> tuple[float, float]:
-        """Prompt tokens asked for so far, and how many of them were in the prefix cache."""
+    def _counter(self, name: str) -> float:
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Start counting anew."""
+    def _prefix_tokens(self) -> tuple[float, float]:
+        """Prompt tokens asked for so far, and how many of them were in the prefix cache."""
+        return self._counter("vllm:prefix_cache_queries"), self._counter("vllm:prefix_cache_hits")
+
+    def _forget(self) -> None:
         self.gap_sum = self.gap_max = 0.0
         self.tokens = self.requests = self.drawn = 0
         self.prefix_before = (0.0, 0.0)
@@ -109,14 +112,14 @@ class Engine:
         With LoRA it is the adapter that is handed over, under a new name, so that nothing computed
         with an older one is found in the prefix cache.
         """
-        started = time.perf_counter()
         if version != self.version:
+            started = time.perf_counter()
             old = self._path(self.version)
             self._load(policy, self._path(version))
             self.version = version
             shutil.rmtree(old, ignore_errors=True)
-        self.forget()
-        self.sync_seconds = time.perf_counter() - started
+            self.sync_seconds = time.perf_counter() - started
+        self._forget()
         self.prefix_before = self._prefix_tokens()
 
     def answer(self, requests: list[Request]) -> list[Written]:
@@ -447,9 +450,8 @@ class InProcess(Engine):
             for o in outputs
         ]
 
-    def _prefix_tokens(self) -> tuple[float, float]:
-        found = {m.name: m.value for m in self.llm.get_metrics() if "prefix_cache" in m.name}
-        return found["vllm:prefix_cache_queries"], found["vllm:prefix_cache_hits"]
+    def _counter(self, name: str) -> float:
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
 
     def _call(self, do: Callable, *args, **named) -> Any:
         try:
@@ -535,15 +537,9 @@ class Server(Engine):
         choice = answer.json()["choices"][0]
         return Written(list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]))
 
-    def _prefix_tokens(self) -> tuple[float, float]:
-        text = self._ask("/metrics").text
-        names = ("queries", "hits")
-        found = [
-            re.findall(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", text, re.M)
-            for name in names
-        ]
-        asked, cached = (sum(map(float, values)) for values in found)
-        return asked, cached
+    def _counter(self, name: str) -> float:
+        found = re.findall(rf"^{name}_total\{{.*\}} (\S+)$", self._ask("/metrics").text, re.M)
+        return sum(map(float, found))
 
     def _ask(self, path: str, body: dict | None = None) -> httpx.Response:
         try:
