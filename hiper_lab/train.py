@@ -8,7 +8,7 @@ on a CPU, the run that was never interrupted.
 Under ``accelerate launch`` the same call trains on several processes (see parallel); the folder
 then has to be one that all of them see.
 
-Left out on purpose: other engines (vLLM), launching (see runs).
+Left out on purpose: launching (see runs).
 """
 
 import dataclasses
@@ -56,13 +56,17 @@ from hiper_lab.objective import PPOConfig, Sample, micro_batches
 from hiper_lab.parallel import Team, spread_like, whole_tensor
 from hiper_lab.policy import CRITICS, PRECISIONS, Policy, load_model, name_of, save_adapter
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, hf_sampler, longest_response
+from hiper_lab.sampling import Codec, Sampler, hf_sampler, longest_response
 from hiper_lab.trajectory import Trajectory
+from hiper_lab.vllm_sampler import Engine, open_engine, vllm_sampler
 
 ENVS = ("household", "alfworld", "alfworld_engine", "webshop")
 PRESETS = ("lab", "paper", "upstream")
+ENGINES = ("hf", "vllm")  # or the address of a server
 # Their fields are flat parameters beside our own.
 STAGES = {"rollout": RolloutConfig, "ppo": PPOConfig, "credit": CreditConfig}
+# Where and in how much memory a run is computed, not what: it may be resumed with others.
+PLACE = ("engine", "engine_memory", "micro_batch_tokens", "gradient_checkpointing", "decode_rows")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class TrainConfig:
     """``float32``, ``bfloat16`` (what is trained stays float32), or ``auto``: bfloat16 on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
+    engine: str = "hf"
+    """What samples: ``hf`` (the policy itself), ``vllm`` (in this process), or a server's http
+    address."""
+    engine_memory: float = 0.4
+    """Share of the GPU's memory for ``vllm`` in this process, between 0 and 1."""
     iterations: int = 60
     """Collect-and-learn rounds."""
     episodes: int = 64
@@ -129,7 +138,8 @@ class TrainConfig:
     advantage_scale: str = "common"
     """``common``: centre each level, divide all by one scale, clamp to ±5; ``none``."""
     logprob_gap_limit: float = 0.05
-    """Stop if sampler and trainer disagree by more than this on any chosen token, in nats."""
+    """Stop if sampler and trainer disagree by more than this on any chosen token, in nats (with
+    vLLM: in the mean; a hundredth of it on a CPU)."""
     eval_games: int = 200
     """Held-out games per evaluation, before and after; 0 skips it."""
     eval_split: str = "unseen"
@@ -156,6 +166,12 @@ class TrainConfig:
         }.items():  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
+        if not self.engine.startswith(("http://", "https://")) and self.engine not in ENGINES:
+            raise ValueError(
+                f"engine is {self.engine!r}, expected one of {ENGINES} or a server's http address"
+            )
+        if not 0 < self.engine_memory < 1:
+            raise ValueError(f"engine_memory is {self.engine_memory}, expected between 0 and 1")
         known = (*TASK_TYPES, *LONG_TASK_TYPES)
         unknown = set(self.env_tasks) - set(known)
         if unknown:
@@ -363,6 +379,7 @@ class State:
     needed: memory.Memory
     iteration: int = 0
     seconds: float = 0.0
+    engine: Engine | None = None
 
 
 def set_up(config: TrainConfig) -> State:
@@ -370,7 +387,8 @@ def set_up(config: TrainConfig) -> State:
 
     Raises:
         ValueError: If a model or adapter cannot be had or does not fit, a prompt and a response do
-            not fit into the model's context, or there are more processes than groups of episodes.
+            not fit into the model's context, or there are more processes than groups of episodes or
+            than the engine can serve.
         MemoryError: On a CPU, if it will not fit into memory.
     """
     team = Team()
@@ -378,6 +396,10 @@ def set_up(config: TrainConfig) -> State:
     if groups < team.size:
         raise ValueError(
             f"{groups} groups of episodes, expected one for each of {team.size} processes"
+        )
+    if config.engine != "hf" and team.size > 1:
+        raise ValueError(
+            f"engine is {config.engine!r}, expected 'hf' in a training on {team.size} processes"
         )
     torch.manual_seed(config.seed)  # new heads and adapters
     model, tokenizer = load_model(config.model, team.device)
@@ -490,6 +512,10 @@ def _train(state: State, folder: Path | str | None) -> Iterator[StepReport]:
     if run:
         run.note_memory(state.needed, peak)
         resumed = run.restore(state)
+    if config.engine != "hf":
+        state.engine = open_engine(
+            config.engine, run and run.path, config.model, config.engine_memory, config.lora_rank
+        )
     if not resumed:
         # an interruption during the evaluation leaves nothing behind and starts over
         if config.eval_games:
@@ -513,6 +539,19 @@ def _train(state: State, folder: Path | str | None) -> Iterator[StepReport]:
     state.team.wait()  # all is written before any process ends
 
 
+def make_sampler(state: State, temperature: float, generator: torch.Generator) -> Sampler:
+    """The sampler of the configuration, over the weights as they are now."""
+    config = state.config
+    if state.engine is None:
+        return hf_sampler(state.policy, temperature, generator)
+    state.engine.sync(state.policy, max(0, state.iteration - config.warmup_iterations))
+    return vllm_sampler(
+        state.engine, state.policy, state.codec, temperature, generator,
+        max_new_tokens=config.rollout.max_new_tokens,
+        micro_batch_tokens=config.micro_batch_tokens, gap_limit=config.logprob_gap_limit,
+    )  # fmt: skip
+
+
 def _finished_early(state: State) -> bool:
     limit = state.config.max_minutes * 60
     return bool(limit) and state.seconds >= limit
@@ -529,8 +568,9 @@ def step(state: State) -> StepReport:
     generator = _generator(config, state.iteration, "collect", policy.device, team.rank)
     explained = partial(memory.explained, policy, state.longest, iteration=state.iteration)
     with explained("playing"), team.whole(policy):
-        sampler = hf_sampler(policy, config.rollout.temperature, generator)
+        sampler = make_sampler(state, config.rollout.temperature, generator)
         trajectories = collect(sampler, codec, envs, config.rollout, names=names, seeds=seeds)
+        sampled = state.engine.metrics() if state.engine else {}
         collected = time.perf_counter()
         samples = objective.pack(
             trajectories, codec, config.rollout.decoding, config.rollout.max_new_tokens
@@ -555,7 +595,7 @@ def step(state: State) -> StepReport:
     trajectory.attach(trajectories, values, credit)
     metrics = {"iteration": state.iteration}
     metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
-    metrics |= logged
+    metrics |= logged | sampled
     ended = time.perf_counter()
     state.seconds = team.gather([state.seconds + ended - started])[0]  # all have to agree
     metrics |= {
@@ -787,7 +827,7 @@ def evaluate(state: State) -> Evaluation:
     envs, names = make_envs(config, config.eval_split, mine.start, len(mine))
     generator = _generator(config, 0, "evaluate", policy.device, team.rank)
     with memory.explained(policy, state.longest, "playing", state.iteration), team.whole(policy):
-        sampler = hf_sampler(policy, config.eval_temperature, generator)
+        sampler = make_sampler(state, config.eval_temperature, generator)
         played = collect(sampler, state.codec, envs, config.rollout, names=names, seeds=list(mine))
     won = team.gather([t.success for t in played])
     return Evaluation(_mean(won), *wilson_interval(sum(won), len(won)), len(won))
@@ -853,10 +893,6 @@ def sole_writer(folder: Path | str) -> Iterator[None]:
         lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         yield
-
-
-# They decide how much memory a run takes, not what it computes: a run may go on with others.
-MEMORY_FIELDS = ("micro_batch_tokens", "gradient_checkpointing", "decode_rows")
 
 
 class RunFolder:
@@ -955,7 +991,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         a, b = ours.get(name), theirs.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             names += [name] * bool(_differences(a, b))
-        elif a != b and name not in MEMORY_FIELDS:
+        elif a != b and name not in PLACE:
             names.append(name)
     return names
 
