@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import AutoConfig
 
+from hiper_lab.objective import LOGITS
 from hiper_lab.policy import TINY
 from hiper_lab.train import TrainConfig
 
@@ -66,7 +67,7 @@ class GPU(NamedTuple):
     """Dense bfloat16 operations per second."""
     bandwidth: float = 3.35e12
     """Bytes of its memory read per second."""
-    utilisation: float = 0.16
+    utilisation: float = 0.21
     """In (0, 1]; this one is that of the published runs' policy updates, by the formulas below."""
 
 
@@ -169,7 +170,6 @@ def estimate(
     lengths: Lengths | None = None,
     gpu: GPU | None = None,
     gpus: int = 1,
-    checkpointing: bool = False,
 ) -> Budget:
     """Tokens, GPU-hours and memory of one run.
 
@@ -180,7 +180,6 @@ def estimate(
         lengths: Means over the training; None: the typical ones of the environment.
         gpu: None: an H100 at the published runs' utilisation.
         gpus: Trajectories are shared out; weights, gradients and moments are sharded (FSDP).
-        checkpointing: Activations are recomputed in the backward pass.
 
     Raises:
         ValueError: On an unknown model, or no GPU.
@@ -191,7 +190,7 @@ def estimate(
     policy = architecture(config.model)
     critic = architecture(config.critic_model) if config.critic_model else policy
     rows, whole = config.episodes * lengths.turns, lengths.prompt + lengths.response
-    n, lora = config.iterations, config.lora_rank
+    n, lora, again = config.iterations, config.lora_rank, config.gradient_checkpointing
 
     kv_token = 2 * 2 * policy.layers * policy.kv_heads * policy.head_dim  # K and V, bfloat16
     steps = config.max_turns * lengths.response  # some episode runs to the limit
@@ -206,12 +205,12 @@ def estimate(
 
     once = forward(policy, rows, whole, lengths.response) / gpu.flops
     values = 0.0 if config.critic == "shared" else forward(critic, rows, whole, 0) / gpu.flops
-    backward = (1 if lora else 2) + checkpointing
+    backward = (1 if lora else 2) + again
     trained = config.epochs * max(0, n - config.warmup_iterations) / n
     frozen = config.critic == "adapter"
     seconds["score"] = values + (once if config.ppo.kl_coef else 0)
     seconds["update policy"] = trained * (1 + backward) * once
-    passes = 1 + (1 if frozen else 2) + checkpointing
+    passes = 1 + (1 if frozen else 2) + again
     seconds["update critic"] = config.critic_epochs * passes * values
 
     own, theirs = parameters(policy), parameters(critic)
@@ -226,8 +225,8 @@ def estimate(
         "gradients": 4 * trainable / gpus,
         "moments": 8 * trainable / gpus,
         "bfloat16 copies": 2 * sum(map(parameters, trunks)),
-        "activations": sum(activations(a, tokens, True, checkpointing) for a in trunks),
-        "logits": 6 * 4 * scored * policy.vocab,
+        "activations": sum(activations(a, tokens, True, again) for a in trunks),
+        "logits": 6 * 4 * min(scored * policy.vocab, LOGITS),
     }
     share = n * (1 + played) * rows
     hours = {phase: n * x / gpu.utilisation / 3600 for phase, x in seconds.items()}

@@ -180,7 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
     cost.add_argument("--utilisation", type=float, default=budget.GPU().utilisation,
                       help="share of an H100's peak in use (default: %(default)s)")  # fmt: skip
     cost.add_argument("--gpus", type=int, default=1, help="GPUs of a run (default: 1)")
-    cost.add_argument("--checkpointing", action="store_true", help="recompute activations")
     found = commands.add_parser("results", help="all runs below a folder, a line each")
     page = commands.add_parser("report", help="compare all runs below a folder, in one HTML page")
     kept = commands.add_parser("keep", help="copy what is worth committing of finished runs")
@@ -233,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             lengths = budget.Lengths(*args.lengths) if args.lengths else None
             print(budget.table({
                 Path(path).stem: [
-                    budget.estimate(config, lengths, gpu, args.gpus, args.checkpointing)
+                    budget.estimate(config, lengths, gpu, args.gpus)
                     for config in configurations(path, overrides, args.base).values()
                 ] for path in args.experiments
             }))  # fmt: skip

@@ -130,7 +130,7 @@ def test_a_budget_adds_up_and_answers_to_its_arguments():
     # before, at 5, after: three times two iterations' worth of episodes, over ten
     assert tested.hours["evaluate"] == pytest.approx(0.6 * tested.hours["collect"])
     assert tested.written == pytest.approx(1.6 * one.written)
-    less = estimate(config, lengths, checkpointing=True)
+    less = estimate(dataclasses.replace(config, gradient_checkpointing=True), lengths)
     assert less.memory["activations"] < one.memory["activations"] / 5
     assert less.hours["update policy"] == pytest.approx(one.hours["update policy"] * 4 / 3)
     with pytest.raises(ValueError, match="gpus is 0"):
