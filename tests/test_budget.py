@@ -113,7 +113,7 @@ def test_a_budget_adds_up_and_answers_to_its_arguments():
     one = estimate(config, lengths)
     assert one.written == 10 * 8 * 4 * 10 and one.read == 10 * 8 * 4 * 100
     assert one.hours["evaluate"] == 0 and one.hours["score"] > 0
-    half = estimate(config, lengths, GPU(utilisation=0.08))
+    half = estimate(config, lengths, GPU(utilisation=0.105))
     assert sum(half.hours.values()) == pytest.approx(2 * sum(one.hours.values()))
     assert half.memory == one.memory and half.written == one.written
     n = budget.parameters(KNOWN[QWEN])
