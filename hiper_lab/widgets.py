@@ -59,12 +59,24 @@ def _parts(figure: go.Figure) -> tuple[list[str], set[str]]:
     return [trace.type for trace in figure.data], set(figure.layout.to_plotly_json()) - {"autosize"}
 
 
+class _Plot(go.FigureWidget):
+    """A plot of which the page hears together with its data.
+
+    plotly's own sends them in a second message; a busy page draws empty axes before it comes, and
+    never looks again.
+    """
+
+    def open(self) -> None:
+        if self._widget_data:
+            super().open()
+
+
 class _Inspector(ui.VBox):
     """What all inspectors share: one figure kept up to date, a digest, and the static twin."""
 
     def __init__(self, *rows: Iterable[ui.Widget]):
         self._muted = False
-        self.plot: go.FigureWidget | None = None
+        self.plot: _Plot | None = None
         self.frame, self.text = ui.VBox(), ui.HTML()
         above = [ui.HBox(list(row), layout={"flex_flow": "row wrap"}) for row in rows]
         super().__init__([ui.HTML(pages.STYLE), *above, self.frame, self.text])
@@ -123,7 +135,8 @@ class _Inspector(ui.VBox):
         """Show a picture of another kind (the page could not take the old one's parts away)."""
         old, self.plot = self.plot, None
         if figure is not None:
-            self.plot = plot = go.FigureWidget(figure)
+            self.plot = plot = _Plot(figure)
+            plot.open()
             # A page first draws 700 px wide, and reports it; then it can take the width there is.
             plot.observe(lambda _: plot.update_layout(autosize=True), "_js2py_traceDeltas")
             for trace in plot.data:

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import ipywidgets as ui
 import nbformat
 import numpy as np
 import pandas as pd
@@ -54,6 +55,20 @@ def test_the_newest_iteration_is_shown_first(run):
     assert inspector.selection == (3, "0000", 0) and inspector.address == "demo/3/0000:0"
     assert shown_is(inspector) and "demo/3/0000:0" in inspector.text.value
     assert len(inspector.listing.options) == 6
+
+
+def test_a_page_hears_of_a_plot_with_its_data(run, monkeypatch):
+    """What it is told first is what a busy page draws."""
+    told, real = [], ui.Widget.open
+
+    def listen(widget: ui.Widget) -> None:
+        if isinstance(widget, go.FigureWidget):
+            told.append((widget, len(widget._widget_data)))
+        real(widget)
+
+    monkeypatch.setattr(ui.Widget, "open", listen)
+    inspector = TrajectoryInspector(run)
+    assert told == [(inspector.plot, len(inspector.figure().data))]
 
 
 @pytest.mark.parametrize("kind", [TrajectoryInspector, CreditExplorer])
