@@ -338,7 +338,7 @@ class State:
     seconds: float = 0.0
 
 
-def set_up(config: TrainConfig) -> State:
+def set_up(config: TrainConfig, team: Team | None = None) -> State:
     """Load the models and make the optimiser.
 
     Raises:
@@ -346,7 +346,7 @@ def set_up(config: TrainConfig) -> State:
             not fit into the model's context, or there are more processes than groups of episodes.
         MemoryError: On a CPU, if it will not fit into memory.
     """
-    team = Team()
+    team = team or Team()
     groups = config.episodes // config.group_size
     if groups < team.size:
         raise ValueError(
@@ -450,8 +450,9 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
-    state = set_up(config)
-    run = RunFolder(folder, config, write=state.team.main) if folder else None
+    team = Team()
+    run = RunFolder(folder, config, write=team.main) if folder else None
+    state = set_up(config, team)
     peak = dry_run(state) if state.policy.device.type == "cuda" else None
     if run:
         run.note_memory(state.needed, peak)
@@ -476,7 +477,7 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
         if run:
             run.record(report, state, last=last)
         yield report
-    state.team.wait()  # all is written before any process ends
+    team.wait()  # all is written before any process ends
 
 
 def _finished_early(state: State) -> bool:
