@@ -66,17 +66,22 @@ def configurations(
 
 
 def summary(folder: Path | str) -> str:
-    """One line: held-out success before and after.
+    """One line: held-out success before and after; without evaluations, that of the training.
 
     Raises:
-        ValueError: If the run has no evaluation before and after.
+        ValueError: If the run has not come to an iteration yet.
     """
     metrics = read_metrics(folder)
     done = metrics.dropna(subset=["eval/success"]) if "eval/success" in metrics else metrics[:0]
+    played = metrics.dropna(subset=["rollout/success"]) if "rollout/success" in metrics else done
+    if not len(played):
+        raise ValueError(f"{folder} has no finished iteration, expected at least one")
+    minutes = metrics["time/total_s"].max() / 60
     if len(done) < 2:
-        raise ValueError(f"{folder} has {len(done)} evaluations, expected one before and one after")
+        first, last = played["rollout/success"].iloc[[0, -1]]
+        return f"training success {first:.1%} -> {last:.1%} (not evaluated, {minutes:.1f} min)"
     before, after = done["eval/success"].iloc[0], done["eval/success"].iloc[-1]
-    games, minutes = int(done["eval/games"].iloc[-1]), metrics["time/total_s"].max() / 60
+    games = int(done["eval/games"].iloc[-1])
     return f"held-out success {before:.1%} -> {after:.1%} ({games} games, {minutes:.1f} min)"
 
 

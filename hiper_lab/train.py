@@ -382,7 +382,7 @@ class State:
     engine: Engine | None = None
 
 
-def set_up(config: TrainConfig) -> State:
+def set_up(config: TrainConfig, team: Team | None = None) -> State:
     """Load the models and make the optimiser.
 
     Raises:
@@ -391,7 +391,7 @@ def set_up(config: TrainConfig) -> State:
             than the engine can serve.
         MemoryError: On a CPU, if it will not fit into memory.
     """
-    team = Team()
+    team = team or Team()
     groups = config.episodes // config.group_size
     if groups < team.size:
         raise ValueError(
@@ -500,14 +500,14 @@ def train(config: TrainConfig, folder: Path | str | None = None) -> Iterator[Ste
     Example:
         ``for report in train(TrainConfig(iterations=10), "runs/mine"): print(report.metrics)``
     """
-    state = set_up(config)
-    with sole_writer(folder) if folder and state.team.main else nullcontext():
-        yield from _train(state, folder)
+    team = Team()
+    with sole_writer(folder) if folder and team.main else nullcontext():
+        yield from _train(config, folder, team)
 
 
-def _train(state: State, folder: Path | str | None) -> Iterator[StepReport]:
-    config, resumed = state.config, False
-    run = RunFolder(folder, config, write=state.team.main) if folder else None
+def _train(config: TrainConfig, folder: Path | str | None, team: Team) -> Iterator[StepReport]:
+    run = RunFolder(folder, config, write=team.main) if folder else None
+    state, resumed = set_up(config, team), False
     peak = dry_run(state) if state.policy.device.type == "cuda" else None
     if run:
         run.note_memory(state.needed, peak)
@@ -536,7 +536,7 @@ def _train(state: State, folder: Path | str | None) -> Iterator[StepReport]:
         if run:
             run.record(report, state, last=last)
         yield report
-    state.team.wait()  # all is written before any process ends
+    team.wait()  # all is written before any process ends
 
 
 def make_sampler(state: State, temperature: float, generator: torch.Generator) -> Sampler:

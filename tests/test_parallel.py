@@ -32,8 +32,8 @@ PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 from torch.distributed.tensor import DTensor
 from hiper_lab import train
 made = train.set_up
-def set_up(config):
-    state = made(config)
+def set_up(config, team):
+    state = made(config, team)
     assert state.team.sharded and state.team.size == 2
     assert all(isinstance(p, DTensor) for p in state.policy.parameters())
     return state

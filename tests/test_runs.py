@@ -117,8 +117,12 @@ def test_a_parameter_that_papermill_only_warns_about_is_refused_in_the_notebook(
 def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iterat')
     assert runs.read_metrics(tmp_path)["iteration"].tolist() == [0]
-    with pytest.raises(ValueError, match="0 evaluations, expected one before and one after"):
+    with pytest.raises(ValueError, match="no finished iteration, expected at least one"):
         runs.summary(tmp_path)
+    line = '{"iteration": %d, "rollout/success": %.1f, "time/total_s": 60}\n'
+    (tmp_path / "metrics.jsonl").write_text(line % (1, 0.2) + line % (2, 0.5))
+    said = runs.summary(tmp_path)
+    assert said == "training success 20.0% -> 50.0% (not evaluated, 1.0 min)"
 
 
 def test_refresh_executes_strips_and_replaces_only_on_success(tmp_path, capsys):
