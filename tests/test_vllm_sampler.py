@@ -16,6 +16,7 @@ from test_train import small, stable, weights
 from transformers import AutoModelForCausalLM
 from vllm_standin import StandIn
 
+from hiper_lab import objective
 from hiper_lab.envs.games import generate_game
 from hiper_lab.envs.household import HouseholdEnv
 from hiper_lab.policy import Policy, load_model
@@ -34,7 +35,8 @@ from hiper_lab.vllm_sampler import (
 
 def short(address, **changes):
     few = {"iterations": 2, "max_turns": 3, "warmup_iterations": 0, "eval_games": 0}
-    return small(engine=address, **few | changes)
+    # with a penalty every batch moves the policy, whether a game was won or not
+    return small(engine=address, **few | {"keep_penalty": -0.3} | changes)
 
 
 def tiny_policy(lora_rank=0):
@@ -67,8 +69,6 @@ def drift(codec, policy, played, temperature, decoding, max_new_tokens):
 
     Under the policy, log π(y) + entropy has mean 0 at every token, whatever came before it.
     """
-    from hiper_lab import objective
-
     samples = objective.pack(played, codec, decoding, max_new_tokens)
     batch = objective.collate(samples, policy.device)
     hidden = policy.hidden(batch.ids)
