@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from transformers import AutoConfig
 
+from hiper_lab.config import TrainConfig
 from hiper_lab.objective import LOGITS
 from hiper_lab.policy import TINY
-from hiper_lab.train import TrainConfig
 
 
 class Architecture(NamedTuple):

@@ -30,8 +30,10 @@ from tqdm.auto import tqdm
 from traitlets import default
 
 import hiper_lab
+from hiper_lab.config import TrainConfig
+from hiper_lab.folder import sole_writer
 from hiper_lab.records import read_metrics
-from hiper_lab.train import TrainConfig, sole_writer, train
+from hiper_lab.train import train
 from hiper_lab.trajectory import write_atomic
 
 NOTEBOOK = Path("notebooks") / "20_train.ipynb"

@@ -23,6 +23,7 @@ import yaml
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from hiper_lab import budget
+from hiper_lab.config import TrainConfig, check_type, parameter_names
 from hiper_lab.launcher import (
     NOTEBOOK,
     declared,
@@ -37,7 +38,6 @@ from hiper_lab.launcher import (
 from hiper_lab.records import read_metrics
 from hiper_lab.results import ERROR, compare, curves, published, results, run_folder
 from hiper_lab.sweeps import Sweep, read_sweep, sweep
-from hiper_lab.train import TrainConfig, check_type, parameter_names
 from hiper_lab.trajectory import Trajectory, read, save, write_atomic
 
 __all__ = [

@@ -25,9 +25,10 @@ import pandas as pd
 import papermill
 from tqdm.auto import tqdm
 
+from hiper_lab.config import TrainConfig, check_type
+from hiper_lab.folder import RunFolder, sole_writer
 from hiper_lab.launcher import NOTEBOOK, check, launch, read_experiment
 from hiper_lab.results import ERROR, results
-from hiper_lab.train import RunFolder, TrainConfig, check_type, sole_writer
 from hiper_lab.trajectory import write_atomic
 
 

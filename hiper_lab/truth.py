@@ -29,13 +29,16 @@ import torch
 from tqdm.auto import tqdm
 
 from hiper_lab import objective, trajectory
+from hiper_lab.config import TrainConfig
 from hiper_lab.credit import CreditConfig, estimate
 from hiper_lab.flat import GROUP_RELATIVE
+from hiper_lab.folder import RunFolder, State
 from hiper_lab.protocol import Role
 from hiper_lab.rollout import Episode, collect, play
 from hiper_lab.sampling import hf_sampler
-from hiper_lab.train import RunFolder, State, TrainConfig, make_envs, set_up
+from hiper_lab.train import set_up
 from hiper_lab.trajectory import Trajectory, Turn, write_atomic
+from hiper_lab.worlds import make_envs
 
 # What is decided within a turn, one after the other.
 DECISIONS = {"switch": Role.SWITCH, "high": Role.SUBGOAL, "low": Role.ACTION}

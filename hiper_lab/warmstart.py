@@ -45,7 +45,7 @@ def watch_expert(
     """Let the expert play training games; its decisions, and its success rate.
 
     Each episode has a mistake rate of its own, uniform between 0 and ``mistake_rate``:
-    demonstrators of every skill. ``horizon`` is that of :class:`hiper_lab.train.TrainConfig`.
+    demonstrators of every skill. ``horizon`` is that of the configuration (`hiper_lab.config`).
     """
     played, won = [], 0
     turns = HORIZONS.get(horizon, PLAN_TURNS)

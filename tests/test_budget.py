@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hiper_lab import budget, runs
 from hiper_lab.budget import GPU, KNOWN, Lengths, estimate
+from hiper_lab.config import TrainConfig
 from hiper_lab.policy import Policy, load_model
-from hiper_lab.train import TrainConfig
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 

@@ -9,7 +9,8 @@ LAYERS = """
     scan_triton scan grid flat credit protocol trajectory records
     envs envs.base envs.household envs.games envs.catalogue envs.shop envs.webshop envs.shopper
     envs.alfworld envs.express envs.pool envs.probes
-    policy sampling rollout objective vllm_sampler parallel memory train truth warmstart budget
+    policy sampling rollout objective vllm_sampler parallel memory config worlds folder train
+    truth warmstart budget
     stats results figures pages widgets launcher sweeps runs
 """.split()
 PACKAGE = Path(__file__).parents[1] / "hiper_lab"

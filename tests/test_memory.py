@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hiper_lab import memory, objective, train
+from hiper_lab.config import TrainConfig
 from hiper_lab.memory import Longest, Memory
 from hiper_lab.objective import PPOConfig, Sample
 from hiper_lab.policy import Policy, load_model
-from hiper_lab.train import TrainConfig
 
 SMALL = {
     "iterations": 2, "episodes": 4, "max_turns": 4, "warmup_iterations": 0, "eval_games": 0,

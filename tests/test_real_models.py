@@ -10,10 +10,11 @@ from test_sampling import play
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hiper_lab import rollout, train
+from hiper_lab.config import TrainConfig
+from hiper_lab.folder import read_checkpoint
 from hiper_lab.policy import Policy, base_of, load_model
 from hiper_lab.rollout import RolloutConfig
 from hiper_lab.sampling import ACTION_TOKENS, Codec, longest_response
-from hiper_lab.train import TrainConfig
 from hiper_lab.trajectory import EndReason
 
 CHAT = (
@@ -78,9 +79,7 @@ def test_an_adapter_goes_on_in_another_run_and_is_its_reference(qwen, tmp_path):
     saved = folder / "run" / "checkpoints" / "000001" / "adapter"
     assert json.loads((saved / "adapter_config.json").read_text())["r"] == 4
     state = train.set_up(replace(config, adapter=str(saved)))
-    trained = {
-        n: p for n, p in train.read_checkpoint(saved.parent).weights.items() if ".default." in n
-    }
+    trained = {n: p for n, p in read_checkpoint(saved.parent).weights.items() if ".default." in n}
     mine = dict(state.policy.named_parameters())
     assert trained and all(torch.equal(p, mine[n]) for n, p in trained.items())
     ids = torch.arange(3, 30)[None]

@@ -11,7 +11,8 @@ import pytest
 from recorded import make_run
 
 from hiper_lab import results, runs, trajectory
-from hiper_lab.train import RunFolder, TrainConfig
+from hiper_lab.config import TrainConfig
+from hiper_lab.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

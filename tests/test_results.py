@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from hiper_lab import figures, results, stats
-from hiper_lab.train import RunFolder, TrainConfig
+from hiper_lab.config import TrainConfig
+from hiper_lab.folder import RunFolder
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import papermill
 import pytest
 
 from hiper_lab import launcher, results, runs, sweeps, train
+from hiper_lab.config import TrainConfig, parameter_names
+from hiper_lab.folder import sole_writer
 
 TINY = {
     "iterations": 2, "episodes": 4, "max_turns": 5, "eval_games": 4, "warmup_iterations": 1,
@@ -31,11 +33,11 @@ def no_kernel(monkeypatch):
 
 def test_the_notebook_declares_every_parameter_with_the_codes_default():
     declared = papermill.inspect_notebook(str(runs.NOTEBOOK))
-    assert set(declared) == {*train.parameter_names(), "run_folder"}
-    own = train.TrainConfig.from_parameters({})
+    assert set(declared) == {*parameter_names(), "run_folder"}
+    own = TrainConfig.from_parameters({})
     names = {name: p for name, p in declared.items() if name != "run_folder"}
     values = {name: eval(p["default"]) for name, p in names.items()}
-    assert train.TrainConfig.from_parameters(values) == own
+    assert TrainConfig.from_parameters(values) == own
     assert all(p["help"] and p["inferred_type_name"] != "None" for p in names.values())
 
 
@@ -58,10 +60,10 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
 def test_a_folder_in_use_is_refused_before_a_kernel_starts(
     tmp_path, no_kernel, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "PATIENCE", 0.0)
+    monkeypatch.setattr("hiper_lab.folder.PATIENCE", 0.0)
     experiment = tmp_path / "x.yaml"
     experiment.write_text("iterations: 1\n")
-    with train.sole_writer(tmp_path / "run"):
+    with sole_writer(tmp_path / "run"):
         assert runs.main(["launch", str(experiment), "--out", str(tmp_path / "run")]) == 2
     assert "is being written by process" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
@@ -111,7 +113,7 @@ def test_a_parameter_that_papermill_only_warns_about_is_refused_in_the_notebook(
     found = runs.notebook_parameters(injected)
     assert found == {"lr": 0.1, "learning_rate": 0.1}
     with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
-        train.TrainConfig.from_parameters(found)
+        TrainConfig.from_parameters(found)
 
 
 def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from hiper_lab import runs, sweeps, train
+from hiper_lab import runs, sweeps
+from hiper_lab.folder import sole_writer
 
 PARAMETERS = """
 run_folder: str = ""
@@ -185,8 +186,8 @@ def test_a_folder_of_other_runs_is_refused(stand_in, tmp_path):
 
 
 def test_two_sweeps_do_not_share_a_folder(stand_in, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "PATIENCE", 0.0)
-    with train.sole_writer(tmp_path / "out"):
+    monkeypatch.setattr("hiper_lab.folder.PATIENCE", 0.0)
+    with sole_writer(tmp_path / "out"):
         assert runs.main(["sweep", str(stand_in()), "--out", str(tmp_path / "out")]) == 2
     assert "out is being written by process" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hiper_lab import train, trajectory
+from hiper_lab import train, trajectory, worlds
+from hiper_lab.config import TrainConfig
 from hiper_lab.credit import CreditConfig
 from hiper_lab.envs.games import HORIZONS, generate_game
-from hiper_lab.train import RunFolder, TrainConfig
+from hiper_lab.folder import RunFolder, save_checkpoint, sole_writer
 
 SMALL = {
     "iterations": 3, "episodes": 8, "max_turns": 8, "warmup_iterations": 1, "eval_games": 3,
@@ -98,7 +99,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trajectory, "write_atomic", full)
     with pytest.raises(OSError, match="No space"):
-        train.save_checkpoint(state, tmp_path / "checkpoints" / "000002")
+        save_checkpoint(state, tmp_path / "checkpoints" / "000002")
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*"))[-1] == "000001"
     RunFolder(tmp_path, small(iterations=1)).restore(state)
@@ -172,7 +173,7 @@ def test_every_combination_trains_what_it_should(changes):
 
 
 def test_only_one_training_writes_into_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PATIENCE", 0.3)
+    monkeypatch.setattr("hiper_lab.folder.PATIENCE", 0.3)
     first = train.train(small(iterations=1), tmp_path)
     assert next(first).iteration == 0
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -188,17 +189,17 @@ def test_only_one_training_writes_into_a_folder(tmp_path, monkeypatch):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
-    hold = "import sys, time; from hiper_lab import train\nwith train.sole_writer(sys.argv[1]): " \
+    hold = "import sys, time; from hiper_lab.folder import *\nwith sole_writer(sys.argv[1]): " \
         "print('held', flush=True); time.sleep(60)"  # fmt: skip
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(train, "PATIENCE", 0.3)
+        monkeypatch.setattr("hiper_lab.folder.PATIENCE", 0.3)
         with pytest.raises(BlockingIOError, match=f"written by process {holder.pid} on "):
-            with train.sole_writer(tmp_path):
+            with sole_writer(tmp_path):
                 pytest.fail("two writers")
         holder.send_signal(signal.SIGKILL)
-    with train.sole_writer(tmp_path):
+    with sole_writer(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -219,9 +220,9 @@ def test_stale_sampler_weights_are_noticed(monkeypatch):
 
 
 def test_the_game_of_a_group_is_drawn_once(monkeypatch):
-    drawn, generate = [], train.generate_game
+    drawn, generate = [], worlds.generate_game
     monkeypatch.setattr(
-        train, "generate_game", lambda k, **kind: drawn.append(k) or generate(k, **kind)
+        worlds, "generate_game", lambda k, **kind: drawn.append(k) or generate(k, **kind)
     )
     envs, names = train.make_envs(small(), "train", 5, 7, copies=3)
     assert drawn == [5, 6, 7] and names == [f"train/small/{k}" for k in (5, 5, 5, 6, 6, 6, 7)]

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from hiper_lab import truth
+from hiper_lab.config import TrainConfig
 from hiper_lab.credit import CreditConfig
 from hiper_lab.rollout import collect, play
 from hiper_lab.sampling import hf_sampler
-from hiper_lab.train import TrainConfig, make_envs, set_up
+from hiper_lab.train import set_up
+from hiper_lab.worlds import make_envs
 
 SETTINGS = {"max_turns": 6, "env_horizon": "short", "truncation": "zero"}
 
