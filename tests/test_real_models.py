@@ -29,10 +29,10 @@ MODELS = {  # as published, but smaller: tied embeddings, grouped heads, biases,
                 "vocab_size": 640, "max_position_embeddings": 8192, "rope_theta": 1e5}),
 }  # fmt: skip
 REAL = {
-    "iterations": 1, "episodes": 2, "max_turns": 2, "warmup_iterations": 0, "eval_games": 0,
+    "iterations": 1, "episodes": 3, "max_turns": 3, "warmup_iterations": 0, "eval_games": 0,
     "env_tasks": ["pick_and_place_simple"], "template": "full", "history_turns": 2,
     "max_prompt_tokens": 1100, "lora_rank": 4, "critic": "adapter", "kl_coef": 0.1,
-    "gradient_checkpointing": True, "keep_penalty": -0.1, "lr": 1e-3,
+    "gradient_checkpointing": True, "keep_penalty": -0.1, "lr": 1e-2,
 }  # fmt: skip
 
 
