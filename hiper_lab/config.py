@@ -8,7 +8,7 @@ Left out on purpose: sweeps over configurations (see sweeps).
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hiper_lab.credit import CreditConfig

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from hiper_lab.config import TrainConfig
 from hiper_lab.credit import LEVELS, Credit, TurnGrid, Values, estimate
 from hiper_lab.folder import Evaluation, RunFolder, State, StepReport, sole_writer
 from hiper_lab.objective import Sample, micro_batches
-from hiper_lab.parallel import Team
+from hiper_lab.parallel import Team, whole_tensor
 from hiper_lab.policy import Policy, load_model, name_of
 from hiper_lab.rollout import collect
 from hiper_lab.sampling import Codec, Sampler, hf_sampler, longest_response

@@ -306,7 +306,7 @@ def test_official_game_folders_are_played(tmp_path):
     for split in ("train", "valid_unseen"):
         folder = tmp_path / split / "pick_and_place_simple-Mug-None-Shelf-1" / "trial_1"
         folder.mkdir(parents=True)
-        game = train.generate_game(3, task_type="pick_and_place_simple")
+        game = worlds.generate_game(3, task_type="pick_and_place_simple")
         (folder / "game.tw-pddl").write_text(json.dumps(game))
     config = small(env="alfworld", env_path=str(tmp_path), iterations=1)
     reports = list(train.train(config))
