@@ -45,6 +45,7 @@ def larger(folder: Path) -> str:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
+        max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
