@@ -46,8 +46,15 @@ pio.templates["hiper_lab"] = go.layout.Template(
         "colorway": [*COLORS.values(), INK],
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "top", "yref": "container"},
-        "margin": {"l": 60, "r": 60, "t": 80, "b": 50},
+        "legend": {  # below the buttons, above the panels' titles
+            "orientation": "h",
+            "x": 0,
+            "y": 0.96,
+            "yanchor": "top",
+            "yref": "container",
+            "font": {"size": 12},
+        },
+        "margin": {"l": 60, "r": 60, "t": 90, "b": 50},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": "#9B5FC0"},
     }
 )
@@ -598,8 +605,9 @@ def _text(value: object, width: int = 300) -> str:
 
 
 def _lines(value: object, width: int) -> str:
-    """A label of a few lines of ``width`` letters, at least 1: long words are cut, then the text."""
-    width, words = max(1, width), value.split() if isinstance(value, str) else []
-    text = " ".join(w if len(w) <= width else w[: width - 1] + "…" for w in words)
+    """A label of a few lines of ``width`` letters: long words are cut, then the whole."""
+    width = max(1, width)
+    words = value.split() if isinstance(value, str) else []
+    text = " ".join(word if len(word) <= width else word[: width - 1] + "…" for word in words)
     lines = textwrap.wrap(text, width, max_lines=LINES, placeholder="…")
     return "<br>".join(html.escape(line, quote=False) for line in lines) or "(none)"
