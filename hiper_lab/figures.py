@@ -359,7 +359,7 @@ def comparison(table: pd.DataFrame) -> go.Figure:
     for col, line in ((2, 0), (3, 0.5)):
         figure.add_vline(line, line={"color": INK, "dash": "dot", "width": 1}, row=1, col=col)
     figure.update_xaxes(zeroline=False, range=[-0.03, 1.03], col=3)
-    figure.update_yaxes(autorange="reversed", automargin=True, zeroline=False)
+    figure.update_yaxes(range=[len(names) - 0.5, -0.5], automargin=True, zeroline=False)
     return figure.update_layout(height=160 + 40 * len(names), template="hiper_lab")
 
 
