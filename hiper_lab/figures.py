@@ -14,6 +14,7 @@ Left out on purpose: widgets (they copy data out of these figures), torch, readi
 import html
 import math
 import os
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -24,27 +25,35 @@ from plotly.subplots import make_subplots
 from hiper_lab.stats import student
 
 COLORS = {"switch": "#D55E00", "high": "#0072B2", "low": "#009E73"}
-INK = "#777777"  # text, axes, and whatever belongs to no level
+INK = "#7C7C7C"  # text, axes, and whatever belongs to no level
 NAMES = {"switch": "switch", "high": "subgoal (high)", "low": "action (low)"}
 RUNS = (INK, "#9B5FC0", "#A6761D", "#D1478C")
 POSITIVE, NEGATIVE = (230, 159, 0), (155, 95, 192)  # orange and purple: safe, and no level's colour
 SIGNS = [
     [0, f"rgb{NEGATIVE}"], [0.5, "rgba(127,127,127,0.12)"], [1, f"rgb{POSITIVE}"],
 ]  # fmt: skip
-LETTERS = 115  # of the labels' size, in the width of a plot
+LETTERS = 105  # of the labels' size, in the width of a plot
+LINES = 3  # of a label, in the height of a segment
 SHARES = [[0, "#F4EEF8"], [1, f"rgb{NEGATIVE}"]]  # opaque: the numbers on it suit both themes
 
 _AXIS = {"gridcolor": "rgba(127,127,127,0.25)", "zerolinecolor": "rgba(127,127,127,0.6)"}
 # plotly's own template is 16 kB in every saved figure
 pio.templates["hiper_lab"] = go.layout.Template(
     layout={
-        "font": {"color": INK, "size": 12},
+        "font": {"color": INK, "size": 13},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "colorway": [*COLORS.values(), INK],
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "legend": {"orientation": "h", "x": 0, "y": 1.08, "yanchor": "bottom"},
+        "legend": {  # below the buttons, above the panels' titles
+            "orientation": "h",
+            "x": 0,
+            "y": 0.96,
+            "yanchor": "top",
+            "yref": "container",
+            "font": {"size": 12},
+        },
         "margin": {"l": 60, "r": 60, "t": 90, "b": 50},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": "#9B5FC0"},
     }
@@ -141,7 +150,7 @@ def trajectory_timeline(turns: pd.DataFrame, selected: int | None = None) -> go.
     needed = ["action", "reward", "value_high", "value_low"]
     turns = _one_trajectory(turns, needed)
     x = turns["turn"]
-    figure = make_subplots(3, shared_xaxes=True, row_heights=[1, 2.5, 2.8], vertical_spacing=0.06)
+    figure = make_subplots(3, shared_xaxes=True, row_heights=[1.4, 2.5, 2.8], vertical_spacing=0.06)
     _segments(figure, turns, 0, len(turns))
     if "end" in turns:
         figure.add_annotation(
@@ -194,8 +203,10 @@ def credit_comparison(
         raise ValueError(f"{seen}, expected the same turns of one trajectory")
     columns = [f"advantage_{level}" for level in COLORS]
     a, b = (frame.set_index("turn")[columns].astype(float) for frame in (first, second))
+    titles = ["", *(_text(name, 60) for name in names), "difference"]
     figure = make_subplots(
-        4, shared_xaxes=True, row_heights=[1, 2, 2, 2], vertical_spacing=0.05,
+        4, shared_xaxes=True, row_heights=[1.4, 2, 2, 2], vertical_spacing=0.07,
+        subplot_titles=titles,
     )  # fmt: skip
     _segments(figure, first, 0, len(first))
     for row, frame in enumerate((a, b, b.fillna(0) - a.fillna(0)), 2):
@@ -207,10 +218,8 @@ def credit_comparison(
             )  # fmt: skip
     _turn_axes(figure, first, selected)
     limit = max(1e-6, pd.concat([a, b]).abs().max().max()) * 1.08
-    for row, title in enumerate((*names, "difference"), 2):
-        figure.update_yaxes(title_text=_text(title, 28), row=row)
-        if row < 4:
-            figure.update_yaxes(range=[-limit, limit], row=row)
+    for row in (2, 3):
+        figure.update_yaxes(range=[-limit, limit], row=row)
     return figure.update_layout(xaxis4_title="turn", height=720, template="hiper_lab")
 
 
@@ -279,10 +288,12 @@ def learning_curves(
         raise ValueError(f"none of the metrics is there; the frame has {list(metrics.columns)}")
     across = 1 if len(columns) == 1 else 2
     figure = make_subplots(
-        math.ceil(len(columns) / across), across, shared_xaxes=True, subplot_titles=columns,
+        math.ceil(len(columns) / across), across, shared_xaxes="all", subplot_titles=columns,
         vertical_spacing=0.12, horizontal_spacing=0.1,
     )  # fmt: skip
-    for i, (run, rows) in enumerate(metrics.groupby("run", sort=False)):
+    runs = metrics.groupby("run", sort=False)
+    step = 0.025 * max(2, metrics["iteration"].max() - metrics["iteration"].min())
+    for i, (run, rows) in enumerate(runs):
         color, dash = RUNS[i % len(RUNS)], ("solid", "dash", "dot")[i // len(RUNS) % 3]
         for k, column in enumerate(columns):
             known = rows.dropna(subset=[column]).sort_values("iteration")
@@ -295,13 +306,15 @@ def learning_curves(
             banded = seeds[seeds["size"] > 1]
             half = banded["sem"] * banded["size"].map(student)
             around = pd.concat([banded["mean"] + half, (banded["mean"] - half)[::-1]])
-            alone = {"array": half.to_numpy(), "width": 6} if len(seeds) == len(half) == 1 else None
+            one = len(seeds) == len(half) == 1  # bars beside each other, not on each other
+            alone = {"array": half.to_numpy(), "width": 6} if one else None
             figure.add_scatter(
                 x=around.index, y=around.to_numpy(), fill="toself", hoverinfo="skip", mode="none",
                 fillcolor=rgba(color, 0.2), showlegend=False, **place,
             )  # fmt: skip
             figure.add_scatter(
-                x=seeds.index, y=seeds["mean"].to_numpy(), name=_text(run, 60), showlegend=k == 0,
+                x=seeds.index + one * step * (i - (len(runs) - 1) / 2), showlegend=k == 0,
+                y=seeds["mean"].to_numpy(), name=_text(run, 60),
                 mode="lines+markers" if len(seeds) <= 12 else "lines",
                 line={"color": color, "dash": dash}, hovertemplate="%{y:.3f}", error_y=alone,
                 **place,
@@ -346,7 +359,7 @@ def comparison(table: pd.DataFrame) -> go.Figure:
     for col, line in ((2, 0), (3, 0.5)):
         figure.add_vline(line, line={"color": INK, "dash": "dot", "width": 1}, row=1, col=col)
     figure.update_xaxes(zeroline=False, range=[-0.03, 1.03], col=3)
-    figure.update_yaxes(autorange="reversed", automargin=True, zeroline=False)
+    figure.update_yaxes(range=[len(names) - 0.5, -0.5], automargin=True, zeroline=False)
     return figure.update_layout(height=160 + 40 * len(names), template="hiper_lab")
 
 
@@ -520,16 +533,16 @@ def save(figure: go.Figure, path: Path | str) -> Path:
 def _segments(figure: go.Figure, turns: pd.DataFrame, y: int, across: float) -> None:
     """A bar per segment at height y of the first panel, and a mark where the agent said SWITCH.
 
-    ``across`` is how many turns the axis shows: a name is cut to what fits into its bar.
+    ``across`` is how many turns the axis shows: a name is broken, then cut, to fit into its bar.
     """
     segments, switched = turns.groupby("segment"), turns[turns["switch"].astype(bool)]
     names, lengths = segments["subgoal"].first(), segments.size()
     room = (LETTERS * lengths / across).astype(int)
     figure.add_bar(
         x=lengths, base=segments["turn"].min() - 0.5, y=[y] * len(segments), width=0.8,
-        orientation="h", text=[_text(*cut) for cut in zip(names, room, strict=True)],
+        orientation="h", text=[_lines(*cut) for cut in zip(names, room, strict=True)],
         customdata=names.map(_text), textposition="inside", insidetextanchor="start", textangle=0,
-        textfont={"color": "white"}, constraintext="none",
+        textfont={"color": "white", "size": 11}, constraintext="none",
         marker={"color": COLORS["high"], "line": {"width": 2, "color": "white"}}, showlegend=False,
         hovertemplate="%{customdata}<br>%{x} turns<extra></extra>",
     )  # fmt: skip
@@ -589,3 +602,12 @@ def _text(value: object, width: int = 300) -> str:
     text = " ".join(str(value).split()) if isinstance(value, str) else ""
     text = text if len(text) <= width else text[: width - 1] + "…"
     return html.escape(text, quote=False) or "(none)"
+
+
+def _lines(value: object, width: int) -> str:
+    """A label of a few lines of ``width`` letters: long words are cut, then the whole."""
+    width = max(1, width)
+    words = value.split() if isinstance(value, str) else []
+    text = " ".join(word if len(word) <= width else word[: width - 1] + "…" for word in words)
+    lines = textwrap.wrap(text, width, max_lines=LINES, placeholder="…")
+    return "<br>".join(html.escape(line, quote=False) for line in lines) or "(none)"

@@ -140,6 +140,18 @@ def test_timeline_bars_are_the_segments(turns):
     assert bar.marker.color == COLORS["high"]
 
 
+def test_a_name_is_broken_to_fit_its_segment_and_only_then_cut(turns):
+    long = "put the clean mug into the cupboard over the sink"
+    bar = timeline(turns.assign(subgoal=[long, long, f"{long} & {long}"])).data[0]
+    assert bar.text[0] == long and bar.customdata[1] == f"{long} &amp; {long}"
+    assert bar.text[1] == (  # 105 letters a plot, so 35 a turn
+        "put the clean mug into the cupboard<br>over the sink &amp; put the clean mug<br>"
+        "into the cupboard over the sink"
+    )
+    many = [turns.iloc[:1].assign(turn=i, segment=i, subgoal="clean the mug") for i in range(24)]
+    assert set(timeline(pd.concat(many)).data[0].text) == {"cle…<br>the<br>mug"}  # 4 letters
+
+
 def test_timeline_marks_where_the_agent_said_switch(turns):
     (mark,) = named(timeline(turns), "SWITCH")
     assert same(mark.x, [1.5]) and mark.marker.color == COLORS["switch"]
@@ -340,7 +352,8 @@ def test_two_estimators_share_a_scale_and_their_difference_is_shown(turns):
     other = turns.assign(advantage_low=[0.4, 0.0, -0.8], advantage_high=[NAN, 0.25, -0.5])
     figure = figures.credit_comparison(turns, other, ("ours", "theirs"), selected=2)
     rows = {row: figure.layout[f"yaxis{row}"] for row in (2, 3, 4)}
-    assert [axis.title.text for axis in rows.values()] == ["ours", "theirs", "difference"]
+    over = {title.y: title.text for title in figure.layout.annotations}
+    assert [over[axis.domain[1]] for axis in rows.values()] == ["ours", "theirs", "difference"]
     assert rows[2].range == rows[3].range and rows[2].range[1] > 0.8  # the largest of both
     low = [t for t in figure.data if t.name == "action (low)"]
     assert same(low[0].y, [-0.1, 0.0, 0.1]) and same(low[1].y, [0.4, 0.0, -0.8])
@@ -383,6 +396,14 @@ def test_learning_curves_average_seeds_and_smooth_each_first():
     assert {t.line.color for t in figure.data if t.name} & set(COLORS.values()) == set()
     with pytest.raises(ValueError, match="none of the metrics"):
         figures.learning_curves(metrics, columns=("plan/switch_rate",))
+
+
+def test_intervals_of_a_single_iteration_stand_side_by_side():
+    rows = [(run, seed, 7, 0.2 + 0.1 * seed) for run in "abc" for seed in (0, 1)]
+    metrics = pd.DataFrame(rows, columns=["run", "seed", "iteration", "eval/success"])
+    bars = [t for t in figures.learning_curves(metrics).data if t.name]
+    np.testing.assert_allclose([t.x[0] for t in bars], [6.95, 7.0, 7.05])
+    np.testing.assert_allclose([t.error_y.array[0] for t in bars], 12.706 * 0.05)
 
 
 def test_shares_are_laid_out_by_kind_and_iteration():
