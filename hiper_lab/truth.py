@@ -189,29 +189,30 @@ def _discounted(played: Trajectory, gamma: float) -> float:
 def summary(measured: pd.DataFrame) -> pd.DataFrame:
     """How good each estimator's credit is, per level; rows of `measure` in, a row per pair out.
 
-    ``correlation`` and ``slope`` of its mean with the truth; ``bias``, the root mean square of
-    mean − expects, without what the finite number of draws and rollouts adds to it; ``noise``, the
-    root mean variance; ``signal``, the standard deviation of the truth; ``signs``, the share of the
-    decisions whose truth is beyond two standard errors that one draw, taken as normal, credits
-    with the right sign.
+    ``signal``, the standard deviation of the truth; ``noise``, the root mean variance of the
+    estimate; ``offset``, the root mean square of mean − expects, without what the finite number of
+    draws and rollouts adds (where it is the same whatever was decided, it is a baseline and
+    biases no gradient); ``correlation`` and ``slope`` of the mean with the truth; ``clear``, the
+    decisions whose truth is beyond two standard errors; ``signs``, the share of them that one
+    draw, taken as normal, credits with the right sign.
 
     Example:
         >>> rows = pd.DataFrame({"level": "low", "estimator": "x", "truth": [0.2, -0.2],
         ...     "error": 0.0, "expects": [0.2, -0.2], "mean": [0.3, -0.1], "variance": 0.0,
         ...     "draws": 8})
-        >>> summary(rows).round(3).to_dict("records")[0]["bias"]
+        >>> summary(rows).round(3).to_dict("records")[0]["offset"]
         0.1
     """
 
     def one(rows: pd.DataFrame) -> pd.Series:
         chance = rows.variance / rows.draws + rows.error**2
-        bias = ((rows["mean"] - rows.expects) ** 2 - chance).mean()
+        offset = ((rows["mean"] - rows.expects) ** 2 - chance).mean()
         clear = rows[rows.truth.abs() > 2 * rows.error]
         z = (clear["mean"] * np.sign(clear.truth)) / np.sqrt(clear.variance.clip(lower=1e-12))
         right = [0.5 * math.erfc(-x / math.sqrt(2)) for x in z]
         spread = rows.truth.std(ddof=0)
         return pd.Series({
-            "turns": len(rows), "signal": spread, "bias": math.sqrt(max(bias, 0.0)),
+            "turns": len(rows), "signal": spread, "offset": math.sqrt(max(offset, 0.0)),
             "noise": math.sqrt(rows.variance.mean()),
             "correlation": rows["mean"].corr(rows.truth),
             "slope": rows["mean"].cov(rows.truth, ddof=0) / max(spread**2, 1e-12),

@@ -75,7 +75,7 @@ def test_summary_by_hand():
     })  # fmt: skip
     got = truth.summary(rows).iloc[0]
     assert got.signal == pytest.approx(0.3) and got.noise == pytest.approx(0.1)
-    assert got.bias == pytest.approx(np.sqrt((0.2**2 + 0.4**2) / 2 - 0.01 / 10 - 0.1**2))
+    assert got.offset == pytest.approx(np.sqrt((0.2**2 + 0.4**2) / 2 - 0.01 / 10 - 0.1**2))
     assert got.slope == pytest.approx(2 / 3) and got.correlation == pytest.approx(1)
     # P(z > −5) and P(z > 1): the first is nearly always right, the second in 16% of the draws
     assert got.clear == 2 and got.signs == pytest.approx((1.0 + 0.1587) / 2, abs=1e-3)
