@@ -144,7 +144,7 @@ def address(tmp_path_factory):
         "--model", str(files("hiper_lab") / "models" / "tiny"), "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32",
         "--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8",
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096",
     ]  # fmt: skip
     own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1",
            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
