@@ -198,7 +198,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     explored.sliders["gamma"].value = 0.96
     expected = explored.table()["low_left"].tolist()
     drawn(page, 1, 4, expected)
-    title = page.evaluate(f"() => {{ {PLOTS} return plots[1].layout.yaxis2.title.text }}")
+    title = page.evaluate(f"() => {{ {PLOTS} return plots[1].layout.annotations[0].text }}")
     assert title == "as trained, changed: hae"
 
     # a click in the explorer explains the bar, by both configurations
