@@ -121,11 +121,11 @@ class RunFolder:
     def __init__(self, path: Path | str, config: TrainConfig, write: bool = True):
         self.path, self.write = Path(path), write
         file = self.path / "config.json"
-        ours = json.loads(json.dumps(asdict(config)))
+        ours = _as_json(config)
         theirs = json.loads(file.read_text()) if file.exists() else {}
         if theirs:
             # what the code that began the run did not know, it did as is the default
-            for name, value in json.loads(json.dumps(asdict(TrainConfig()))).items():
+            for name, value in _as_json(TrainConfig()).items():
                 seen = theirs.setdefault(name, value)
                 theirs[name] = value | seen if isinstance(value, dict) else seen
             changed = _differences(ours, theirs)
@@ -195,6 +195,11 @@ class RunFolder:
         if kept != lines:
             trajectory.write_atomic(self.path / "metrics.jsonl", "".join(kept).encode())
         return True
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    """As it comes back from a file: tuples are lists."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

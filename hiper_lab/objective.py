@@ -95,15 +95,20 @@ class Batch(NamedTuple):
 
 
 def pack(
-    trajectories: list[Trajectory], codec: Codec, decoding: str, max_new_tokens: int
-) -> list[Sample]:
-    """One Sample per turn, in order of trajectories and turns."""
+    trajectories: list[Trajectory], codec: Codec, decoding: str, max_new_tokens: int,
+    subgoal: str = "",
+) -> list[Sample]:  # fmt: skip
+    """One Sample per turn, in order of trajectories and turns.
+
+    Args:
+        subgoal: Active before their first turns, where they begin in the middle of an episode.
+    """
     samples = []
     for trajectory in trajectories:
-        subgoal = ""
+        active = subgoal
         for turn in trajectory.turns:
-            samples.append(pack_turn(turn, subgoal, codec, decoding, max_new_tokens))
-            subgoal = turn.subgoal
+            samples.append(pack_turn(turn, active, codec, decoding, max_new_tokens))
+            active = turn.subgoal
     return samples
 
 

@@ -90,6 +90,15 @@ class Rollouts(Mapping[int, list[Trajectory]]):
         return self._read[iteration][1]
 
 
+def read_parameters(folder: Path | str) -> dict[str, Any]:
+    """A run's ``config.json`` under flat names, as its experiment file had them."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    flat = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for stage in (value for value in config.values() if isinstance(value, dict)):
+        flat |= stage
+    return flat
+
+
 def read_metrics(folder: Path | str) -> pd.DataFrame:
     """A run's ``metrics.jsonl``, one row per iteration; an unfinished last line is left out."""
     path = Path(folder) / "metrics.jsonl"

@@ -6,7 +6,6 @@ An arm is a configuration; its runs differ in the seed alone and share a folder 
 Left out on purpose: starting runs (see runs), pictures.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from hiper_lab import stats
-from hiper_lab.records import read_metrics
+from hiper_lab.records import read_metrics, read_parameters
 
 ERROR = "error.txt"  # in the folder of a run that failed in a sweep: why
 SEED = re.compile(r"[-_]seed\d+$")  # what a run's name has beyond its arm's
@@ -42,10 +41,7 @@ def results(folder: Path | str) -> pd.DataFrame:
         raise ValueError(f"no run below {str(folder)!r}: expected folders with a config.json")
     rows, parameters = [], []
     for path in found:
-        config = json.loads((path / "config.json").read_text())
-        flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
-        for stage in (v for v in config.values() if isinstance(v, dict)):
-            flat |= stage
+        flat = read_parameters(path)
         parameters.append(flat)
         name = str(path.relative_to(folder)) if path != folder else path.resolve().name
         rows.append({"run": name, "arm": SEED.sub("", name)} | _outcome(path, flat))

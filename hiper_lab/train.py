@@ -26,6 +26,7 @@ from hiper_lab import memory, objective, trajectory
 from hiper_lab.config import TrainConfig
 from hiper_lab.credit import LEVELS, Credit, TurnGrid, Values, estimate
 from hiper_lab.folder import Evaluation, RunFolder, State, StepReport, sole_writer
+from hiper_lab.grid import real_turns
 from hiper_lab.objective import Sample, micro_batches
 from hiper_lab.parallel import Team, whole_tensor
 from hiper_lab.policy import Policy, load_model, name_of
@@ -280,7 +281,7 @@ def scale_advantages(grid: TurnGrid, credit: Credit) -> Credit:
     One common scale keeps the levels' sizes relative to each other, which whitening each level does
     not (papers on per-level whitening: the joint direction is no longer the gradient's).
     """
-    valid = torch.arange(grid.reward.shape[1]) < grid.length[:, None]
+    valid = real_turns(grid)
     masks = {"high": valid & grid.boundary, "low": valid, "switch": valid}
     centred = {}
     for level, mask in masks.items():
@@ -456,7 +457,7 @@ def credit_metrics(
     grid: TurnGrid, values: Values, credit: Credit, high_everywhere: bool
 ) -> dict[str, float]:
     """Spread of each level's advantage; how well each head predicts the return to go (γ = 1)."""
-    valid = torch.arange(grid.reward.shape[1]) < grid.length[:, None]
+    valid = real_turns(grid)
     to_go = grid.reward.flip(1).cumsum(1).flip(1)
     high = valid & (grid.boundary | high_everywhere)
     metrics = {}

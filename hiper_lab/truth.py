@@ -17,7 +17,6 @@ three levels of HiPER (arXiv:2602.16165).
 """
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -34,6 +33,7 @@ from hiper_lab.credit import CreditConfig, estimate
 from hiper_lab.flat import GROUP_RELATIVE
 from hiper_lab.folder import RunFolder, State
 from hiper_lab.protocol import Role
+from hiper_lab.records import read_parameters
 from hiper_lab.rollout import Episode, collect, play
 from hiper_lab.sampling import hf_sampler
 from hiper_lab.train import set_up
@@ -144,6 +144,7 @@ def _compare(
 ) -> list[dict]:  # fmt: skip
     """Rows of one turn."""
     gamma, scale = state.config.credit.gamma, state.config.reward_scale
+    rollout = state.config.rollout
     q, variance = {}, {}
     for level, rest in sets.items():
         returns = [scale * _discounted(trajectory, gamma) for trajectory in rest[:rollouts]]
@@ -154,9 +155,10 @@ def _compare(
         rest = sets[level][rollouts:]
         grid = trajectory.to_grid(rest)
         grid = grid._replace(reward=grid.reward * scale)
-        values = objective.evaluate(
-            state.policy, rest, _samples(state, rest, subgoal), state.config.micro_batch_tokens
+        samples = objective.pack(
+            rest, state.codec, rollout.decoding, rollout.max_new_tokens, subgoal
         )
+        values = objective.evaluate(state.policy, rest, samples, state.config.micro_batch_tokens)
         for name, credit in estimators.items():
             given = getattr(estimate(grid, values, credit), level)[:, 0].double()
             flat = credit.estimator != "hae"
@@ -168,18 +170,6 @@ def _compare(
                 "mean": given.mean().item(), "variance": given.var().item(), "draws": len(given),
             })  # fmt: skip
     return rows
-
-
-def _samples(state: State, rest: list[Trajectory], subgoal: str) -> list[objective.Sample]:
-    rollout, samples = state.config.rollout, []
-    for continuation in rest:
-        active = subgoal
-        for turn in continuation.turns:
-            samples.append(objective.pack_turn(
-                turn, active, state.codec, rollout.decoding, rollout.max_new_tokens
-            ))  # fmt: skip
-            active = turn.subgoal
-    return samples
 
 
 def _discounted(played: Trajectory, gamma: float) -> float:
@@ -245,13 +235,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines of what was measured")
     args = parser.parse_args()
-    parameters = json.loads((args.run / "config.json").read_text())
-    flat = {k: v for k, v in parameters.items() if not isinstance(v, dict)}
-    for stage in (v for v in parameters.values() if isinstance(v, dict)):
-        flat |= stage
-    config = TrainConfig.from_parameters(flat)
+    config = TrainConfig.from_parameters(read_parameters(args.run))
     state = set_up(config)
-    RunFolder(args.run, config).restore(state)
+    if not RunFolder(args.run, config, write=False).restore(state):
+        parser.error(f"{args.run} has no checkpoint, expected a run that has trained")
     measured = measure(
         state, arms(config), turns=args.turns, rollouts=args.rollouts, draws=args.draws,
         seed=args.seed,

@@ -34,6 +34,7 @@ import traitlets
 from hiper_lab import figures, pages, records
 from hiper_lab.credit import Credit, CreditConfig, TurnGrid, Values, estimate, explain
 from hiper_lab.figures import COLORS, NAMES
+from hiper_lab.grid import real_turns
 from hiper_lab.records import FAILURES, Rollouts
 from hiper_lab.trajectory import Trajectory, to_grid, to_values, turn_frame
 
@@ -550,7 +551,7 @@ class CreditExplorer(_OfTurns):
     def summary(self) -> pd.DataFrame:
         """Per level over all trajectories: the spread left and right, and how far they agree."""
         (grid, left), (there, right) = self.compute()
-        real = np.arange(grid.reward.shape[1]) < grid.length[:, None].numpy()
+        real = real_turns(grid).numpy()
         rows = []
         for level in COLORS:
             chosen = (grid.boundary & there.boundary).numpy() if level == "high" else True

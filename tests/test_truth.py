@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hiper_lab import truth
+from hiper_lab import folder, truth
 from hiper_lab.config import TrainConfig
 from hiper_lab.credit import CreditConfig
 from hiper_lab.rollout import collect, play
@@ -92,3 +92,14 @@ def test_summary_by_hand():
 def test_what_can_not_be_measured_is_refused(state, estimator, why):
     with pytest.raises(ValueError, match=f"odd: .*{why}"):
         truth.measure(state, {"odd": estimator}, turns=1)
+
+
+def test_a_run_that_left_no_checkpoint_is_refused_and_left_alone(tmp_path, monkeypatch, capsys):
+    folder.RunFolder(tmp_path, TrainConfig.from_parameters(SETTINGS))
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("sys.argv", ["truth", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        truth.main()
+    assert "has no checkpoint" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
