@@ -297,6 +297,7 @@ def on_gpu() -> list[dict]:
             scan_triton.hae, grid.reward, grid.boundary, grid.terminated, grid.length, *values,
             gamma=CONFIG.gamma, lam_low=CONFIG.lam_low, lam_high=CONFIG.lam_high,
             lam_boundary=CONFIG.lam_boundary, truncation=CONFIG.truncation, value_form=False,
+            low_boundary=False,
         )  # fmt: skip
         read = (grid.reward, grid.boundary, grid.terminated, grid.length, *values)
         moved = size_of(read, kernel())

@@ -344,6 +344,11 @@ def _halve_frozen(policy: Policy) -> None:
 # ----------------------------------------------------------------------------------------- loaders
 
 
+def fastest_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer.
 
@@ -356,7 +361,7 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
         FileNotFoundError: If a path names no model folder.
         ValueError: If a hub model cannot be had, with the reason.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = fastest_device() if device == "auto" else device
     if name == TINY:
         name = str(importlib.resources.files("hiper_lab") / "models" / TINY)
     if name == SMOLLM:

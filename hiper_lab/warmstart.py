@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hiper_lab import objective, protocol
 from hiper_lab.envs.games import HORIZONS, PLAN_TURNS, TASK_TYPES, Expert, generate_game
 from hiper_lab.envs.household import HouseholdEnv
-from hiper_lab.policy import Policy
+from hiper_lab.policy import Policy, fastest_device
 from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Context
 from hiper_lab.rollout import RolloutConfig
 from hiper_lab.sampling import Codec, Draft, guided
@@ -195,11 +195,14 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=args.width**-0.5,
     ))  # fmt: skip
-    policy, codec = Policy(model, tokenizer, critic="shared"), Codec(tokenizer)
+    policy = Policy(model, tokenizer, critic="shared", precision="float32")
+    policy.to(fastest_device())
+    codec = Codec(tokenizer)
     samples = to_samples(played, codec, config)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f}M parameters, {len(samples)} turns")
-    clone(policy, samples, epochs=args.epochs, lr=3e-3, seed=args.seed)
+    rate = 3e-3 * 64 / args.width  # wider layers bear smaller steps (Yang et al. 2022, muP)
+    clone(policy, samples, epochs=args.epochs, lr=rate, seed=args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}")
