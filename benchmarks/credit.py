@@ -399,7 +399,7 @@ def main() -> None:
         return
     result = {
         "machine": machine(), "torch": torch.__version__,
-        "cpu": on_cpu(), "gpu": on_gpu() if torch.cuda.is_available() else [],
+        "gpu": on_gpu() if torch.cuda.is_available() else [], "cpu": on_cpu(),
     }  # fmt: skip
     text = report(result)
     print(text)

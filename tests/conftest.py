@@ -47,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _cpu_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exact, or as large as memory is pretended to be, is so on a CPU only."""
+    if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr("hiper_lab.policy.fastest_device", lambda: "cpu")
+
+
+@pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from hiper_lab import credit, memory, train
+from hiper_lab import credit, memory, sweeps, train
 from hiper_lab.config import TrainConfig
 from hiper_lab.credit import Credit, TurnGrid, Values
+from hiper_lab.records import read_metrics
 
 pytestmark = pytest.mark.gpu
 SMALL = {
@@ -80,3 +81,12 @@ def test_hae_of_a_run_is_the_same_there_and_here():
 def test_free_memory_is_that_of_the_gpu():
     free = torch.cuda.mem_get_info()[0]
     assert free <= memory.available(torch.device("cuda")) <= torch.cuda.mem_get_info()[1]
+
+
+def test_a_sweep_uses_it(tmp_path):
+    """Its workers are forks: none may have met CUDA before."""
+    plan = {"base": SMALL | {"iterations": 1}, "grid": {}, "seeds": [0, 1]}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    runs = sweeps.sweep(sweeps.read_sweep(tmp_path / "plan.yaml"), tmp_path / "runs", processes=2)
+    assert runs["state"].tolist() == ["finished", "finished"]
+    assert "memory/peak_gib" in read_metrics(tmp_path / "runs" / runs["run"][0])
