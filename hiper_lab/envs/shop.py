@@ -20,6 +20,7 @@ list of colours is kept for compatibility.
 import gzip
 import json
 import math
+import os
 import random
 import re
 import zlib
@@ -30,12 +31,15 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bm25s
 import numpy as np
 import Stemmer
 from thefuzz import fuzz
 
 from hiper_lab.envs.catalogue import HELD_OUT, generate_catalogue
+
+# Where jax is installed, bm25s starts it, and on a GPU it would take three quarters of the memory.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import bm25s  # noqa: E402
 
 HITS = 50
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the
