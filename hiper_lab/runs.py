@@ -148,7 +148,12 @@ def _without_tokens(episode: Trajectory) -> Trajectory:
 
 def _table(runs: pd.DataFrame) -> str:
     shown = runs.drop(columns=["arm", "seed"])
-    return shown.to_string(index=False, float_format="%.3f", na_rep="", max_colwidth=60)
+    return shown.to_string(index=False, float_format=_short, na_rep="", max_colwidth=60)
+
+
+def _short(number: float) -> str:
+    """Three decimals; a rate like 0.0002 keeps its digits."""
+    return f"{number:.3f}" if number == 0 or abs(number) >= 0.001 else f"{number:.1e}"
 
 
 def _report(runs: pd.DataFrame, folder: Path) -> int:

@@ -5,6 +5,7 @@ import json
 import typing
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
@@ -150,6 +151,11 @@ def test_refresh_executes_strips_and_replaces_only_on_success(tmp_path, capsys):
     assert "no such thing" in capsys.readouterr().err and path.read_bytes() == before
     assert runs.main(["refresh", str(tmp_path / "02_y.ipynb")]) == 1
     assert "no notebook" in capsys.readouterr().err
+
+
+def test_small_rates_keep_their_digits_in_a_table():
+    rows = pd.DataFrame({"run": ["a"], "arm": ["a"], "seed": [0], "lr": [2e-4], "success": [0.5]})
+    assert runs._table(rows).split()[-3:] == ["a", "2.0e-04", "0.500"]
 
 
 def test_public_functions_are_documented():
