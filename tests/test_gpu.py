@@ -21,7 +21,7 @@ SMALL = {
 
 def run(folder=None, **changes):
     config = TrainConfig.from_parameters(SMALL | changes)
-    return [report for report in train.train(config, folder)]
+    return list(train.train(config, folder))
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate", "adapter"])
@@ -43,8 +43,8 @@ def test_the_estimate_and_the_dry_run_bound_what_a_run_takes(tmp_path):
     assert noted["estimated_gib"]["total"] == pytest.approx(peak, rel=0.5)
 
 
-def test_a_gpu_that_is_too_small_is_noticed_before_the_run(monkeypatch):
-    free, total = torch.cuda.mem_get_info()
+def test_a_gpu_that_is_too_small_is_noticed_before_the_run():
+    total = torch.cuda.mem_get_info()[1]
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(256 * 2**20 / total)
     try:
