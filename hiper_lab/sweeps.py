@@ -150,8 +150,6 @@ class _Processes:
     """Runs in processes of this machine. They are forked from one that has imported everything."""
 
     def __init__(self):
-        # else importing torch's users starts CUDA in the server, and no fork of it can use a GPU
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["hiper_lab.train", "papermill"])
         self.running: dict[str, multiprocessing.Process] = {}

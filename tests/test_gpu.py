@@ -5,23 +5,18 @@ import math
 
 import pytest
 import torch
+from test_train import SMALL, small
 
 from hiper_lab import credit, memory, sweeps, train
-from hiper_lab.config import TrainConfig
 from hiper_lab.credit import Credit, TurnGrid, Values
 from hiper_lab.records import read_metrics
 
 pytestmark = pytest.mark.gpu
-SMALL = {
-    "iterations": 2, "episodes": 8, "max_turns": 8, "warmup_iterations": 1, "eval_games": 3,
-    "rollout_every": 1, "minibatch_turns": 8, "max_prompt_tokens": 512,
-    "env_tasks": ["pick_and_place_simple"],
-}  # fmt: skip
+HERE = {"iterations": 2, "max_prompt_tokens": 512}
 
 
 def run(folder=None, **changes):
-    config = TrainConfig.from_parameters(SMALL | changes)
-    return list(train.train(config, folder))
+    return list(train.train(small(**HERE | changes), folder))
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate", "adapter"])
@@ -56,9 +51,7 @@ def test_a_gpu_that_is_too_small_is_noticed_before_the_run():
 
 def test_an_interrupted_run_goes_on(tmp_path):
     whole = run(tmp_path / "whole", precision="float32")
-    for report in train.train(
-        TrainConfig.from_parameters(SMALL | {"precision": "float32"}), tmp_path / "cut"
-    ):
+    for report in train.train(small(**HERE, precision="float32"), tmp_path / "cut"):
         if report.iteration == 1:
             break
     rest = run(tmp_path / "cut", precision="float32")
@@ -70,7 +63,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 def test_hae_of_a_run_is_the_same_there_and_here():
     report = run(iterations=1, warmup_iterations=0)[-1]
-    config = TrainConfig.from_parameters(SMALL).credit
+    config = small().credit
     grid = TurnGrid(*(x if x is None else x.cuda() for x in report.grid))
     there = credit.estimate(grid, Values(*(v.cuda() for v in report.values)), config)
     here = credit.estimate(report.grid, report.values, config)
@@ -85,7 +78,7 @@ def test_free_memory_is_that_of_the_gpu():
 
 def test_a_sweep_uses_it(tmp_path):
     """Its workers are forks: none may have met CUDA before."""
-    plan = {"base": SMALL | {"iterations": 1}, "grid": {}, "seeds": [0, 1]}
+    plan = {"base": SMALL | HERE | {"iterations": 1}, "grid": {}, "seeds": [0, 1]}
     (tmp_path / "plan.yaml").write_text(json.dumps(plan))
     runs = sweeps.sweep(sweeps.read_sweep(tmp_path / "plan.yaml"), tmp_path / "runs", processes=2)
     assert runs["state"].tolist() == ["finished", "finished"]

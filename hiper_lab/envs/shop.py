@@ -37,10 +37,6 @@ from thefuzz import fuzz
 
 from hiper_lab.envs.catalogue import HELD_OUT, generate_catalogue
 
-# Where jax is installed, bm25s starts it, and on a GPU it would take three quarters of the memory.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-import bm25s  # noqa: E402
-
 HITS = 50
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the
     their then there these they this to was will with""".split()  # Lucene's
@@ -320,6 +316,10 @@ def bm25_search(products: Sequence[Product]) -> Callable[[str], tuple[str, ...]]
     corpus = [search_words(document(p)) for p in products]
     if not any(corpus):
         raise ValueError("products: no word to search for in any title, description or option")
+    # Where jax is installed, importing bm25s starts it: on a GPU it would take most of the memory.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import bm25s
+
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     index.index(corpus, show_progress=False)
 
