@@ -10,6 +10,7 @@ Left out on purpose: tokens (a token takes the credit of its role in its turn) a
 """
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -44,10 +45,40 @@ def estimate(grid: TurnGrid, values: Values, config: CreditConfig) -> Credit:
             is read is not finite, or the grid lacks what a group-relative estimator compares by.
     """
     shaped = grid._replace(reward=shape_rewards(grid, config))
+    config = in_effect(grid, values, config)
     credit = _estimator(config)(shaped, values, config)
     if not (credit.high.sum() + credit.low.sum() + credit.switch.sum()).isfinite():
         _refuse_nonfinite(grid, values, config)
     return whiten(credit, grid) if config.whiten else credit
+
+
+@torch.no_grad()
+def in_effect(grid: TurnGrid, values: Values, config: CreditConfig) -> CreditConfig:
+    """``config`` with the λ_B that its schedule gives this batch; no schedule is left to apply.
+
+    Example:
+        V_high tells the two episodes apart, so nothing beyond the boundary needs to be heard.
+
+        >>> grid = TurnGrid.of(reward=[[0., 1.], [0., 0.]], switch=[[1, 1], [1, 1]])
+        >>> high = torch.tensor([[0.6, 0.6], [0.2, 0.2]])
+        >>> config = CreditConfig(lam_schedule="critic")
+        >>> round(in_effect(grid, Values(high, high, high, torch.zeros(2)), config).lam_boundary, 6)
+        0.0
+    """
+    if config.lam_schedule == "fixed" or config.estimator != "hae":
+        return config
+    shown = real_turns(grid) & grid.boundary
+    to_go = grid.reward.flip(1).cumsum(1).flip(1)[shown]
+    lam = config.lam_boundary * (1 - max(0.0, correlation(values.high[shown], to_go)))
+    return replace(config, lam_boundary=lam, lam_schedule="fixed")
+
+
+def correlation(x: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> float:
+    """Pearson's correlation, in [-1, 1]; 0 where either is constant."""
+    both = torch.stack([x, y]).double()
+    both = both - both.mean(1, keepdim=True)
+    sizes = both.norm(dim=1)
+    return 0.0 if (sizes < 1e-12).any() else (both[0] @ both[1] / sizes.prod()).clamp(-1, 1).item()
 
 
 @torch.no_grad()
@@ -260,6 +291,7 @@ def explain(
     values = Values(*(v.cpu().double() for v in values))
     _refuse_nonfinite(grid, values, config)
     _find(grid, traj, turn, level)
+    config = in_effect(grid, values, config)
     parts = reward_parts(grid, config)
     leaves = [x.detach().requires_grad_() for x in (sum(parts.values()), *values)]
     shaped, read = grid._replace(reward=leaves[0]), Values(*leaves[1:])

@@ -110,6 +110,7 @@ _CHOICES = {
     "estimator": ("hae", "gae", "monte_carlo", "grpo", "rloo", "rloo_rows", "gigpo"),
     "gae_value": ("high", "switch"),
     "boundary_value": ("high", "low"),
+    "lam_schedule": ("fixed", "critic"),
     "switch_advantage": ("return", "value"),
     "truncation": ("final_state", "own_state", "zero"),
     "keep_penalty_mode": ("per_turn", "ratio"),
@@ -147,6 +148,9 @@ class CreditConfig:
     lam_boundary: float = 0.95
     """λ_B in [0, 1]: how much of the next boundary's high-level advantage its V_high is
     corrected by when low and switch bootstrap from it. 0 is the paper."""
+    lam_schedule: Literal["fixed", "critic"] = "fixed"
+    """``"critic"`` lowers λ_B as the critic gets better: λ_B (1 - ρ), with ρ ≥ 0 the correlation of
+    V_high at a batch's boundaries with the rewards still to come. Read by `hae` only."""
     boundary_value: Literal["high", "low"] = "high"
     """What they bootstrap from, for the part that λ_B leaves: V_high of the next boundary, or
     V_low, which knows the next subgoal already (an early draft of the released code)."""

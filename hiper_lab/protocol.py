@@ -147,9 +147,16 @@ single action.
 <subgoal>your subgoal</subgoal>
 <action>your action</action>
 """
+_FLAT_RULES = """\
+At every turn, answer with exactly one block and with nothing else:
+<action>: one admissible action, copied word for word.
+
+<action>your action</action>
+"""
+_AGENT = "You are an expert agent acting in a text environment. "
 _SUBGOALS = "You finish the task by always following one short-term subgoal: a small objective \
 that a few actions can reach.\n"
-_ROLE = f"You are an expert agent acting in a text environment. {_SUBGOALS}"
+_ROLE = f"{_AGENT}{_SUBGOALS}"
 SEPARATOR = " [SEP] "  # between the pieces of a page of WebShop
 SHOP_LIMIT = 13_000  # characters; a longer upstream prompt of WebShop is written without history
 
@@ -199,9 +206,10 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
         template: ``full`` (instructions first, so that they are cached), ``upstream`` (as released
             with HiPER: all parts in their order, instructions last, other words at a turn without
             history; a page of WebShop goes without history where the prompt would be longer than
-            13,000 characters), or ``compact`` (for tiny models trained on it: no instructions; says
+            13,000 characters), ``compact`` (for tiny models trained on it: no instructions; says
             how many turns have passed and which places were not visited yet, and marks things of a
-            kind that the task names with ``*``).
+            kind that the task names with ``*``), or ``flat`` (``full`` for an agent that writes an
+            action and no subgoal).
         history_turns: How many past turns are shown (actions only in ``compact``).
 
     Raises:
@@ -219,6 +227,11 @@ def render(template: str, context: Context, history_turns: int) -> tuple[str, st
 
 def _full(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
     return f"{_ROLE}{_RULES}\n", f"Your task: {context.task}\n{_situation(context, past)}"
+
+
+def _flat(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
+    situation = f"{_past(context, past)}{_observed(context)}{_offered(context)}"
+    return f"{_AGENT}\n{_FLAT_RULES}\n", f"Your task: {context.task}\n{situation}"
 
 
 def _upstream(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
@@ -288,11 +301,15 @@ def _history(context: Context, past: list[tuple[str, str]]) -> str:
 
 
 def _situation(context: Context, past: list[tuple[str, str]]) -> str:
-    shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
     return (
-        f"{shown}{_history(context, past)}{_observed(context)}"
+        f"{_past(context, past)}{_observed(context)}"
         f"Your current subgoal is:\n{context.subgoal or NO_SUBGOAL}\n{_offered(context)}"
     )
+
+
+def _past(context: Context, past: list[tuple[str, str]]) -> str:
+    shown = f"Turns so far: {len(context.history)}. The latest {len(past)}:\n" if past else ""
+    return f"{shown}{_history(context, past)}"
 
 
 def _observed(context: Context) -> str:
@@ -324,7 +341,7 @@ def _compact(context: Context, past: list[tuple[str, str]]) -> tuple[str, str]:
 
 
 _GO = "go to "
-TEMPLATES = {"full": _full, "upstream": _upstream, "compact": _compact}
+TEMPLATES = {"full": _full, "upstream": _upstream, "compact": _compact, "flat": _flat}
 
 
 def _short(text: str, limit: int = 60) -> str:

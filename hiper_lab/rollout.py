@@ -32,9 +32,10 @@ class RolloutConfig:
     """How prompts are rendered and responses decoded."""
 
     template: str = "compact"
-    """``compact`` (for the embedded model), ``full`` or ``upstream``."""
+    """``compact`` (for the embedded model), ``full``, ``upstream``, or ``flat`` (no subgoals)."""
     decoding: str = "guided"
-    """``guided`` or ``free``."""
+    """``guided``, ``free``, or ``action``: an admissible action and no subgoal, by a model that was
+    cloned so (template ``compact``) or is told so (``flat``)."""
     history_turns: int = 6
     """Past turns shown in the prompt."""
     max_prompt_tokens: int = 2048
@@ -58,6 +59,13 @@ class RolloutConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}"
                 )
+        if (self.template == "flat") > (self.decoding == "action") or (
+            self.decoding == "action" and self.template not in ("compact", "flat")
+        ):
+            raise ValueError(
+                f"template {self.template!r} with decoding {self.decoding!r}: expected template "
+                "'flat' (or 'compact') with decoding 'action', and 'flat' with no other"
+            )
         least = {"history_turns": 0, "max_prompt_tokens": 1, "max_new_tokens": 1, "temperature": 0,
                  "decode_rows": 0}  # fmt: skip
         for name, low in least.items():

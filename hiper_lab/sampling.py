@@ -8,6 +8,7 @@ log-probabilities are renormalised over the same sets both times and the PPO rat
 - ``guided``: the skeleton is injected, KEEP copies the subgoal, the action is drawn from the
   admissible list by a token trie. This is π(q)·π(g)^q·π(a), token by token.
 - ``free``: the model writes everything and stops at ``</action>``.
+- ``action``: an admissible action and nothing else. A flat policy, to compare with.
 
 Left out on purpose: other engines (their adapters drive the same decoders).
 """
@@ -28,7 +29,8 @@ from hiper_lab.policy import Policy, scores
 from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Response, Role
 from hiper_lab.trajectory import Turn
 
-DECODINGS = ("guided", "free")
+DECODINGS = ("guided", "free", "action")
+ACTION_START = "<action>"
 Decoder = Generator[np.ndarray | None, int, Response]
 
 
@@ -130,6 +132,10 @@ class Codec:
         parts = [(*a, *self.encode(b)) for a, b in zip(self.skeleton, words, strict=False)]
         return [token for part in (*parts, self.skeleton[3]) for token in part]
 
+    def write_action(self, action: str) -> list[int]:
+        """Token ids of a response that is an action only."""
+        return [*self.encode(ACTION_START), *self.encode(action), *self.skeleton[3]]
+
     def trie(self, texts: Iterable[str], end: int) -> dict:
         """Token trie of the texts, each closed by ``end``, so that none is a prefix of another."""
         root: dict = {}
@@ -155,9 +161,8 @@ def guided(
     Raises:
         ValueError: If nothing is admissible.
     """
-    if not admissible:
-        raise ValueError("guided decoding needs at least one admissible action, got none")
-    opening, after_switch, after_subgoal, closing = codec.skeleton
+    _refuse_none(admissible)
+    opening, after_switch, after_subgoal, _ = codec.skeleton
     draft.inject(opening)
     switch = True
     if subgoal:
@@ -171,11 +176,40 @@ def guided(
     else:
         draft.inject(codec.encode(subgoal))
         draft.inject(after_subgoal)
+    action = yield from _choose_action(codec, draft, admissible)
+    return Response(switch, subgoal, action)
+
+
+def action_only(
+    codec: Codec, draft: Draft, subgoal: str, admissible: list[str], max_tokens: int
+) -> Decoder:
+    """Choose an admissible action: no switch and no subgoal are written, so there is one segment.
+
+    Args:
+        subgoal, max_tokens: Not read.
+
+    Raises:
+        ValueError: If nothing is admissible.
+    """
+    _refuse_none(admissible)
+    draft.inject(codec.encode(ACTION_START))
+    action = yield from _choose_action(codec, draft, admissible)
+    return Response(False, "", action)
+
+
+def _refuse_none(admissible: list[str]) -> None:
+    if not admissible:
+        raise ValueError("guided decoding needs at least one admissible action, got none")
+
+
+def _choose_action(
+    codec: Codec, draft: Draft, admissible: list[str]
+) -> Generator[np.ndarray, int, str]:
+    closing = codec.skeleton[3]
     draft.action_at = len(draft.ids)
     words = yield from _walk(codec.trie(admissible, closing[0]), draft, Role.ACTION)
     draft.inject(closing[1:])
-    action = next(a for a in admissible if codec.encode(a) == words)
-    return Response(switch, subgoal, action)
+    return next(a for a in admissible if codec.encode(a) == words)
 
 
 def _walk(node: dict, draft: Draft, role: Role) -> Generator[np.ndarray, int, tuple[int, ...]]:
@@ -226,7 +260,7 @@ def free(
     return protocol.parse(codec.decode(ended), subgoal)
 
 
-DECODERS = {"guided": guided, "free": free}
+DECODERS = {"guided": guided, "free": free, "action": action_only}
 ACTION_TOKENS = 64  # room for a listed action; the longest of WebShop's searches have about 40
 
 

@@ -24,7 +24,7 @@ import torch
 
 from hiper_lab import memory, objective, trajectory
 from hiper_lab.config import TrainConfig
-from hiper_lab.credit import LEVELS, Credit, TurnGrid, Values, estimate
+from hiper_lab.credit import LEVELS, Credit, TurnGrid, Values, correlation, estimate, in_effect
 from hiper_lab.folder import Evaluation, RunFolder, State, StepReport, sole_writer
 from hiper_lab.grid import real_turns
 from hiper_lab.objective import Sample, micro_batches
@@ -251,6 +251,8 @@ def step(state: State) -> StepReport:
     metrics = {"iteration": state.iteration}
     metrics |= rollout_metrics(trajectories, grid) | credit_metrics(grid, values, credit, flat)
     metrics |= logged | sampled
+    if config.credit.lam_schedule != "fixed":
+        metrics["credit/lam_boundary"] = in_effect(grid, values, config.credit).lam_boundary
     ended = time.perf_counter()
     state.seconds = team.gather([state.seconds + ended - started])[0]  # all have to agree
     metrics |= {
@@ -465,10 +467,8 @@ def credit_metrics(
         value, goal = getattr(values, level)[mask], to_go[mask]
         metrics[f"credit/{level}_std"] = getattr(credit, level)[mask].std(unbiased=False).item()
         metrics[f"value/{level}_mean"] = value.mean().item()
-        spread = value.std(unbiased=False) * goal.std(unbiased=False)
-        covariance = ((value - value.mean()) * (goal - goal.mean())).mean()
-        if spread > 0:
-            metrics[f"value/{level}_correlation"] = (covariance / spread).item()
+        if value.std(unbiased=False) * goal.std(unbiased=False) > 0:
+            metrics[f"value/{level}_correlation"] = correlation(value, goal)
         if goal.var(unbiased=False) > 0:
             unexplained = (goal - value).var(unbiased=False) / goal.var(unbiased=False)
             metrics[f"value/{level}_explained_variance"] = 1 - unexplained.item()

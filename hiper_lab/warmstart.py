@@ -4,12 +4,14 @@
 uses the same prompts, decoder and renormalised log-probabilities as the trainer, so it is
 exactly the policy that reinforcement learning starts from.
 
-Left out on purpose: pretraining on text; the model knows household games and nothing else.
+Left out on purpose: pretraining on text; a model knows the games of its demonstrators and nothing
+else.
 """
 
 import argparse
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +21,16 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hiper_lab import objective, protocol
-from hiper_lab.envs.games import HORIZONS, PLAN_TURNS, TASK_TYPES, Expert, generate_game
+from hiper_lab.envs import games, shopper
+from hiper_lab.envs.base import TextEnv
+from hiper_lab.envs.games import HORIZONS, PLAN_TURNS, TASK_TYPES, generate_game
 from hiper_lab.envs.household import HouseholdEnv
+from hiper_lab.envs.shop import embedded_shop
+from hiper_lab.envs.webshop import WebShopEnv
 from hiper_lab.policy import Policy, fastest_device
 from hiper_lab.protocol import KEEP, SKELETON, SWITCH, Context
 from hiper_lab.rollout import RolloutConfig
-from hiper_lab.sampling import Codec, Draft, guided
+from hiper_lab.sampling import DECODERS, DECODINGS, Codec, Draft
 from hiper_lab.trajectory import Turn
 
 CLONE_TURNS = 32  # turns per optimiser step
@@ -40,22 +46,21 @@ class Decision(NamedTuple):
 
 
 def watch_expert(
-    episodes: int, mistake_rate: float, max_turns: int, seed: int, horizon: str = "any"
-) -> tuple[list[list[Decision]], float]:
+    episodes: int, mistake_rate: float, max_turns: int, seed: int, horizon: str = "any",
+    env: str = "household",
+) -> tuple[list[list[Decision]], float]:  # fmt: skip
     """Let the expert play training games; its decisions, and its success rate.
 
     Each episode has a mistake rate of its own, uniform between 0 and ``mistake_rate``:
-    demonstrators of every skill. ``horizon`` is that of the configuration (`hiper_lab.config`).
+    demonstrators of every skill. ``env`` (``household`` or ``webshop``, the embedded shop) and
+    ``horizon`` are those of the configuration (`hiper_lab.config`).
     """
     played, won = [], 0
-    turns = HORIZONS.get(horizon, PLAN_TURNS)
     for k in tqdm(range(episodes), desc="expert", leave=False):
-        task_type = TASK_TYPES[k % len(TASK_TYPES)] if horizon == "any" else None
-        game = generate_game(FIRST_SEED + seed + k, task_type=task_type, turns=turns)
-        env = HouseholdEnv(game, max_turns)
+        world = _game(env, k, seed, horizon, max_turns)
         rng = random.Random(f"expert/{seed}/{k}")
-        expert = Expert(env, rng, rng.uniform(0, mistake_rate))
-        seen, info = env.reset()
+        expert = EXPERTS[env](world, rng, rng.uniform(0, mistake_rate))
+        seen, info = world.reset()
         decisions, history, active, over = [], [], "", False
         while not over:
             _, subgoal, action = expert.act(seen, info)
@@ -63,14 +68,36 @@ def watch_expert(
             decisions.append(Decision(context, subgoal, action))
             history.append((seen, action))
             active = subgoal
-            seen, _, terminated, truncated, info = env.step(action)
+            seen, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
         won += info["won"]
         played.append(decisions)
     return played, won / episodes
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+EXPERTS = {"household": games.Expert, "webshop": shopper.Expert}
+
+
+def _game(env: str, k: int, seed: int, horizon: str, max_turns: int) -> TextEnv:
+    if env == "webshop":  # from the end: the goals of training runs are taken from the beginning
+        shop = embedded_shop()
+        goals = shop.splits["train"]
+        return WebShopEnv(shop, max_turns, goal=goals[-1 - (seed + k) % len(goals)])
+    task_type = TASK_TYPES[k % len(TASK_TYPES)] if horizon == "any" else None
+    turns = HORIZONS.get(horizon, PLAN_TURNS)
+    game = generate_game(FIRST_SEED + seed + k, task_type=task_type, turns=turns)
+    return HouseholdEnv(game, max_turns)
+
+
+def names_of_things(played: list[list[Decision]], texts: list[str], env: str) -> set[str]:
+    """The words that a tiny model has to copy: the household's things, or what the wishes say."""
+    if env == "household":
+        return {name for text in texts for name in re.findall(r"([a-z]+) \d", text)}
+    said = {w for e in played for w in re.findall("[a-z]+", e[0].context.task.lower())}
+    return said | {word.capitalize() for word in said}  # titles are capitalised
+
+
+def train_tokenizer(texts: list[str], named: set[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE without word splitting, in which names and numbers are atoms.
 
     Phrases become single tokens ("\\n> go to ", ", you see a "). The names of things, and their
@@ -83,14 +110,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     bpe.decoder = decoders.ByteLevel()
-    named = sorted({name for text in texts for name in re.findall(r"([a-z]+) \d", text)})
-    atoms = [AddedToken(name, single_word=True, normalized=False, special=False) for name in named]
+    names = re.compile(rf"\b(?:{'|'.join(sorted(named))})\b")
+    atoms = [
+        AddedToken(n, single_word=True, normalized=False, special=False) for n in sorted(named)
+    ]
     atoms += [AddedToken(w, normalized=False, special=False) for w in (*SKELETON, KEEP, SWITCH)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(atoms), special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=24,
     )  # fmt: skip
-    names = re.compile(rf"\b(?:{'|'.join(named)})\b")
     bpe.train_from_iterator((part for text in texts for part in names.split(text)), trainer)
     bpe.add_tokens(atoms)
     return PreTrainedTokenizerFast(
@@ -103,11 +131,13 @@ def to_samples(
     played: list[list[Decision]], codec: Codec, config: RolloutConfig
 ) -> list[objective.Sample]:
     """The expert's turns as the policy would have written them."""
-    samples = []
+    samples, decoding, limit = [], config.decoding, config.max_new_tokens
     for context, subgoal, action in (decision for episode in played for decision in episode):
-        prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
         draft, ids = Draft(), codec.write(subgoal != context.subgoal, subgoal, action)
-        decoder = guided(codec, draft, context.subgoal, context.admissible, config.max_new_tokens)
+        if decoding == "action":
+            context, ids = replace(context, subgoal=""), codec.write_action(action)
+        prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
+        decoder = DECODERS[decoding](codec, draft, context.subgoal, context.admissible, limit)
         next(decoder)
         try:
             while True:
@@ -119,9 +149,7 @@ def to_samples(
             draft.logprobs, draft.chosen, codec.decode(draft.ids),
             response.switch, response.subgoal, response.action,
         )  # fmt: skip
-        samples.append(
-            objective.pack_turn(turn, context.subgoal, codec, "guided", config.max_new_tokens)
-        )
+        samples.append(objective.pack_turn(turn, context.subgoal, codec, decoding, limit))
     return samples
 
 
@@ -162,18 +190,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models" / "tiny")
     parser.add_argument("--episodes", type=int, default=3000, help="to watch (default 3000)")
     parser.add_argument("--mistakes", type=float, default=0.9, help="highest rate (default 0.9)")
+    parser.add_argument("--env", choices=EXPERTS, default="household",
+                        help="whose games (default household)")  # fmt: skip
     parser.add_argument("--horizon", choices=("any", *HORIZONS), default="any",
                         help="plans as long as train's env_horizon says (default any)")  # fmt: skip
     parser.add_argument("--max-turns", type=int, default=24, help="of an episode (default 24)")
+    parser.add_argument("--decoding", choices=DECODINGS, default="guided",
+                        help="what the model will write by itself (default guided)")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=2, help="passes over them (default 2)")
     parser.add_argument("--width", type=int, default=64, help="hidden size (default 64)")
     parser.add_argument("--layers", type=int, default=2, help="(default 2)")
     parser.add_argument("--vocab", type=int, default=640, help="(default 640)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    config = RolloutConfig()
+    config = RolloutConfig(
+        decoding=args.decoding, max_new_tokens=48 if args.decoding == "free" else 16
+    )
     played, success = watch_expert(
-        args.episodes, args.mistakes, args.max_turns, args.seed, args.horizon
+        args.episodes, args.mistakes, args.max_turns, args.seed, args.horizon, args.env
     )
     print(f"expert: {success:.1%} success in {args.episodes} training games")
     texts = [
@@ -186,7 +220,7 @@ def main() -> None:
             *d.context.admissible,
         )
     ]
-    tokenizer = train_tokenizer(texts, args.vocab)
+    tokenizer = train_tokenizer(texts, names_of_things(played, texts, args.env), args.vocab)
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width,

@@ -24,6 +24,7 @@ from hiper_lab.credit import (
     explain,
     explain_table,
     hae,
+    in_effect,
     per_token,
     segment_index,
     shape_rewards,
@@ -356,6 +357,26 @@ def test_boundary_lambda_zero_hears_only_the_next_value():
     some = replace(PLAIN, lam_boundary=0.5)
     a, b = hae(grid, values, some), hae(other, values, some)
     assert (a.low[:, :2] != b.low[:, :2]).all()
+
+
+def test_the_schedule_hears_less_from_beyond_the_boundary_as_the_critic_gets_better():
+    """By hand: of two episodes one is won, so ρ is 1, 0 or −1 for a V_high that tells them apart,
+    is constant, or has them the wrong way round."""
+    grid = TurnGrid.of(reward=[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], switch=[[1, 0, 1]] * 2)
+    config = replace(PLAIN, lam_boundary=0.8, lam_schedule="critic")
+    for won, lost, lam in ((0.7, 0.2, 0.0), (0.4, 0.4, 0.8), (0.2, 0.7, 0.8)):
+        high = torch.tensor([[won] * 3, [lost] * 3])
+        values = Values(high, *torch.randn(2, 2, 3), torch.zeros(2))
+        assert in_effect(grid, values, config).lam_boundary == pytest.approx(lam, abs=1e-6)
+        fixed = estimate(grid, values, replace(PLAIN, lam_boundary=lam))
+        torch.testing.assert_close(estimate(grid, values, config), fixed)
+        terms = explain(grid, values, config, 0, 0, "low")
+        assert terms["contribution"].sum() == pytest.approx(fixed.low[0, 0].item(), abs=1e-6)
+    # what lies within a segment is no boundary: only those are read
+    high[:, 1] = torch.tensor([9.0, -9.0])
+    assert in_effect(grid, values._replace(high=high), config).lam_boundary == pytest.approx(0.8)
+    flat = replace(config, estimator="gae")
+    assert in_effect(grid, values, flat) is flat
 
 
 @settings(deadline=None, max_examples=20)
@@ -783,7 +804,8 @@ def test_per_token():
 
 def test_fields():
     assert [f.name for f in fields(CreditConfig)] == [
-        "gamma", "lam_low", "lam_high", "lam_boundary", "boundary_value", "estimator",
+        "gamma", "lam_low", "lam_high", "lam_boundary", "lam_schedule", "boundary_value",
+        "estimator",
         "switch_advantage", "truncation", "keep_penalty", "keep_penalty_mode", "invalid_penalty",
         "consistency_penalty", "consistency_requires_both", "whiten",
         "gae_value", "group_std", "step_weight", "anchor_similarity",

@@ -194,7 +194,15 @@ def test_every_template_shows_as_much_history_as_asked_for(template, benchmark, 
     context = context_of(benchmark, 5)
     static, dynamic = render(template, context, shown)
     assert [f"do {k}" in dynamic for k in range(5)] == [k >= 5 - shown for k in range(5)]
-    assert "search the desk" in dynamic and "do " not in static
+    assert ("search the desk" in dynamic) == (template != "flat") and "do " not in static
+
+
+@pytest.mark.parametrize("benchmark", PAGES)
+def test_the_flat_prompt_is_the_full_one_without_subgoals(benchmark):
+    context = context_of(benchmark, 3)
+    (rules, flat), (_, full) = render("flat", context, 2), render("full", context, 2)
+    assert flat == full.replace("Your current subgoal is:\nsearch the desk\n", "")
+    assert rules.count("<action>") == 2 and "goal" not in rules and "switch" not in rules
 
 
 def test_compact_says_how_late_it_is_where_to_look_and_what_is_wanted():

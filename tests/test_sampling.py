@@ -14,8 +14,17 @@ from hiper_lab.envs.household import HouseholdEnv
 from hiper_lab.policy import Policy, load_model, scores
 from hiper_lab.protocol import KEEP, SKELETON, Role, parse
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, Draft, Prompt, allowed_sets, free, guided, hf_sampler
-from hiper_lab.trajectory import EndReason
+from hiper_lab.sampling import (
+    DECODINGS,
+    Codec,
+    Draft,
+    Prompt,
+    allowed_sets,
+    free,
+    guided,
+    hf_sampler,
+)
+from hiper_lab.trajectory import EndReason, boundaries
 
 
 def random_model(kind, vocab):
@@ -49,7 +58,7 @@ def play(policy, count=4, seed=0, max_turns=6, temperature=1.0, **config):
 
 
 @pytest.mark.parametrize("kind", ["tiny", "gpt2", "qwen2"])
-@pytest.mark.parametrize("decoding", ["guided", "free"])
+@pytest.mark.parametrize("decoding", DECODINGS)
 def test_sampler_and_trainer_agree(kind, decoding):
     policy = make_policy(kind)
     codec, played = play(policy, decoding=decoding, template="compact", temperature=0.8)
@@ -89,6 +98,26 @@ def test_a_row_does_not_depend_on_its_batch():
         env = HouseholdEnv(generate_game(k), 6)
         (alone,) = collect(sampler, codec, [env], config, names=[str(k)], seeds=[k])
         assert [t.response_ids for t in alone.turns] == [t.response_ids for t in together[k].turns]
+
+
+@pytest.mark.parametrize("template", ["compact", "flat"])
+def test_an_action_only_policy_has_one_segment_and_one_kind_of_choice(template):
+    _, played = play(make_policy("qwen2"), template=template, decoding="action", max_turns=10)
+    for trajectory in played:
+        assert boundaries(trajectory) == [True] + [False] * (len(trajectory.turns) - 1)
+        for turn in trajectory.turns:
+            assert turn.response == f"<action>{turn.action}</action>"
+            assert turn.action in turn.admissible and turn.subgoal == "" and not turn.switch
+            roles = {r for r, c in zip(turn.roles, turn.chosen, strict=True) if c}
+            assert roles == {Role.ACTION} and turn.value_low is not None
+
+
+@pytest.mark.parametrize(
+    "template, decoding", [("flat", "guided"), ("full", "action"), ("upstream", "action")]
+)
+def test_a_prompt_that_asks_for_what_is_not_decoded_is_refused(template, decoding):
+    with pytest.raises(ValueError, match=f"template '{template}' with decoding '{decoding}'"):
+        RolloutConfig(template=template, decoding=decoding)
 
 
 def test_guided_text_is_well_formed_admissible_and_keeps_exactly():

@@ -145,6 +145,8 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         {"critic": "adapter", "lora_rank": 2, "kl_coef": 0.1},
         {"credit": "paper", "temperature": 0.9},
         {"credit": "upstream", "decoding": "free", "max_new_tokens": 12},
+        {"estimator": "gae", "decoding": "action"},
+        {"lam_schedule": "critic"},
         {
             "estimator": "gae",
             "advantage_scale": "none",
