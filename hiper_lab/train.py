@@ -13,7 +13,7 @@ Left out on purpose: launching (see runs).
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -442,7 +442,12 @@ def rollout_metrics(trajectories: list[Trajectory], grid: TurnGrid) -> dict[str,
     """Success, return, length, and how the plan behaved."""
     turns = [turn for t in trajectories for turn in t.turns]
     choices = [turn.switch for t in trajectories for turn in t.turns[1:]]
-    segments = sum(sum(trajectory.boundaries(t)) for t in trajectories)
+    subgoals = [
+        turn.subgoal
+        for t in trajectories
+        for turn, opens in zip(t.turns, trajectory.boundaries(t), strict=True)
+        if opens
+    ]
     ends = [t.end for t in trajectories]
     return {
         "rollout/success": _mean([t.success for t in trajectories]),
@@ -450,9 +455,21 @@ def rollout_metrics(trajectories: list[Trajectory], grid: TurnGrid) -> dict[str,
         "rollout/turns": len(turns) / len(trajectories),
         "rollout/errors": sum(end is trajectory.EndReason.ERROR for end in ends),
         "plan/switch_rate": _mean(choices),
-        "plan/segment_turns": len(turns) / segments,
+        "plan/segment_turns": len(turns) / len(subgoals),
+        "plan/subgoals": effective_number(subgoals),
         "format/malformed_rate": _mean([bool(turn.problems) for turn in turns]),
     }
+
+
+def effective_number(texts: list[str]) -> float:
+    """How many different texts there are, those that are rare counting less: exp of the entropy.
+
+    Example:
+        >>> effective_number(["find a mug", "find a mug", "clean the mug", "clean the mug"])
+        2.0
+    """
+    shares = torch.tensor(list(Counter(texts).values()), dtype=torch.float64) / len(texts)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def credit_metrics(
