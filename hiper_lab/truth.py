@@ -19,7 +19,7 @@ three levels of HiPER (arXiv:2602.16165).
 import argparse
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +61,9 @@ def measure(
         One row per turn, level and estimator: ``game``, ``turn``, ``level``, ``truth`` (of the
         decision) and ``error`` (its standard error), ``expects`` (what the estimator would give
         with exact values: the truth, or for a flat one Q − V), ``mean`` and ``variance`` of its
-        advantage over the ``draws``. Levels where nothing was chosen (the subgoal of a KEEP turn)
-        have no row.
+        advantage over the ``draws``; ``value``, what the level's head says before the decision,
+        and ``worth`` (with ``worth_error``), what it should say. Levels where nothing was chosen
+        (the subgoal of a KEEP turn) have no row.
 
     Raises:
         ValueError: On free decoding, an estimator that compares episodes of a group, another γ or
@@ -159,6 +160,7 @@ def _compare(
             rest, state.codec, rollout.decoding, rollout.max_new_tokens, subgoal
         )
         values = objective.evaluate(state.policy, rest, samples, state.config.micro_batch_tokens)
+        said = getattr(values, level)[0, 0].item()  # in all draws: it is read before they part
         for name, credit in estimators.items():
             given = getattr(estimate(grid, values, credit), level)[:, 0].double()
             flat = credit.estimator != "hae"
@@ -168,6 +170,7 @@ def _compare(
                 "error": math.sqrt(variance[level] + variance[before]),
                 "expects": q[level] - q["state" if flat else before],
                 "mean": given.mean().item(), "variance": given.var().item(), "draws": len(given),
+                "value": said, "worth": q[before], "worth_error": math.sqrt(variance[before]),
             })  # fmt: skip
     return rows
 
@@ -215,6 +218,36 @@ def summary(measured: pd.DataFrame) -> pd.DataFrame:
         .T.rename_axis(["level", "estimator"])
         .reset_index()
     )
+
+
+def head_errors(measured: pd.DataFrame) -> pd.DataFrame:
+    """How wrong the heads are, and whether they err alike: a row per pair of levels.
+
+    Of turns at which both levels decided: ``turns``; the correlation of value − worth of the two,
+    without the noise of the measured worths (it can leave [-1, 1] if turns are few); and the root
+    mean square of both errors about their means, likewise.
+
+    Example:
+        >>> low = pd.DataFrame({"game": ["a", "b", "c"], "turn": 0, "level": "low",
+        ...     "value": [0.1, 0.2, 0.6], "worth": [0.0, 0.2, 0.4], "worth_error": 0.0})
+        >>> switch = low.assign(level="switch", value=[0.2, 0.2, 0.6])
+        >>> head_errors(pd.concat([switch, low]))["correlation"].round(6).tolist()
+        [0.866025]
+    """
+    once = measured.drop_duplicates(["game", "turn", "level"])
+    once = once.assign(error=once["value"] - once["worth"], noise=once["worth_error"] ** 2)
+    table = once.pivot(index=["game", "turn"], columns="level", values=["error", "noise"])
+    rows = []
+    for a, b in combinations([level for level in DECISIONS if level in table["error"]], 2):
+        both = table.loc[:, (slice(None), [a, b])].dropna()
+        variance = both["error"].var() - both["noise"].mean()
+        size = variance.clip(lower=1e-12) ** 0.5
+        rows.append({
+            "levels": f"{a}, {b}", "turns": len(both),
+            "correlation": both["error"].cov().loc[a, b] / (size[a] * size[b]),
+            "size of the first": size[a], "of the second": size[b],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def arms(config: TrainConfig) -> dict[str, CreditConfig]:

@@ -326,6 +326,22 @@ def wrong_kitchen(*heads):
     return read_values(whole_kitchen()[0], tables)
 
 
+def test_an_error_that_all_heads_share_cancels_where_values_are_compared():
+    """The paper's switch advantage is a difference of values: it does not feel such an error."""
+    trajectories, exact = whole_kitchen()[0], exact_values(kitchen())
+    wrong = perturb(exact, 0.3, seed=4, shared=True)
+    shift = wrong.high - exact.high
+    assert shift.std() == pytest.approx(0.3, rel=0.5)
+    for head in ("low", "switch"):
+        assert torch.allclose(getattr(wrong, head) - getattr(exact, head), shift[..., None])
+    right, seen = (
+        estimate(trajectories.grid, read_values(trajectories, tables), PAPER)
+        for tables in (exact, wrong)
+    )
+    torch.testing.assert_close(seen.switch, right.switch)
+    assert not torch.allclose(seen.low, right.low)
+
+
 @pytest.mark.parametrize(
     ("heads", "config", "printed"),
     [

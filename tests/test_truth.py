@@ -20,7 +20,10 @@ SETTINGS = {"max_turns": 6, "env_horizon": "short", "truncation": "zero"}
 
 @pytest.fixture(scope="module")
 def state():
-    return set_up(TrainConfig.from_parameters(SETTINGS))
+    state = set_up(TrainConfig.from_parameters(SETTINGS))
+    for head in (state.policy.heads.high, state.policy.heads.low, state.policy.heads.switch):
+        torch.nn.init.normal_(head[-1].weight)  # a fresh head says 0 everywhere
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +63,30 @@ def test_levels_add_up_and_monte_carlo_has_no_bias(state):
         assert hae.truth.sum() == pytest.approx(gae.expects.iloc[-1], abs=1e-12)
         assert gae.expects.to_numpy() == pytest.approx(np.cumsum(hae.truth.to_numpy()), abs=1e-12)
         assert (hae.expects == hae.truth).all() and (gae.draws == 6).all()
+        # what a decision was worth is what the next one begins with
+        assert hae.worth[1:].tolist() == pytest.approx((hae.worth + hae.truth)[:-1].tolist())
+        assert (hae.value.to_numpy() == gae.value.to_numpy()).all() and hae.value.nunique() > 1
         # the same draws and returns: only the baselines differ, V_low or V_high
         low = turn[turn.level == "low"]
         assert low.variance.max() == pytest.approx(low.variance.min(), abs=1e-6)
     again = truth.measure(state, {"hae": credit, "flat": flat}, turns=3, rollouts=4, draws=6)
     pd.testing.assert_frame_equal(rows, again)
+
+
+def test_errors_that_heads_share_are_found_through_the_noise_of_the_truth():
+    rng = np.random.default_rng(0)
+    common, own, noise = (rng.normal(0, s, (2, 4000)) for s in (0.2, 0.1, 0.3))
+    rows = [
+        pd.DataFrame({
+            "game": [str(k) for k in range(4000)], "turn": 0, "level": level,
+            "value": 0.5 + common[0] + own[k], "worth": 0.3 + noise[k], "worth_error": 0.3,
+        })
+        for k, level in enumerate(("switch", "low"))
+    ]  # fmt: skip
+    found = truth.head_errors(pd.concat(rows)).iloc[0]
+    assert found.levels == "switch, low" and found.turns == 4000
+    assert found.correlation == pytest.approx(0.2**2 / (0.2**2 + 0.1**2), abs=0.1)
+    assert found["size of the first"] == pytest.approx(np.hypot(0.2, 0.1), abs=0.02)
 
 
 def test_summary_by_hand():

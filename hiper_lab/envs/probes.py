@@ -285,8 +285,13 @@ def read_values(trajectories: Trajectories, tables: ValueTables) -> Values:
     )
 
 
-def perturb(tables: ValueTables, std: float = 0.15, seed: int = 0) -> ValueTables:
+def perturb(
+    tables: ValueTables, std: float = 0.15, seed: int = 0, *, shared: bool = False
+) -> ValueTables:
     """A critic that is wrong: normal noise on low, high and switch, drawn in this order.
+
+    ``shared``: instead one draw per turn and state, the same in all heads, as if they read it from
+    one trunk and it were the trunk that errs.
 
     To perturb one head only, take it over:
 
@@ -296,6 +301,12 @@ def perturb(tables: ValueTables, std: float = 0.15, seed: int = 0) -> ValueTable
     (True, False)
     """
     rng, noisy = np.random.default_rng(seed), {}
+    if shared:
+        common = std * _table(rng.standard_normal(tables.high.shape))
+        return tables._replace(
+            high=tables.high + common, low=tables.low + common[..., None],
+            switch=tables.switch + common[..., None],
+        )  # fmt: skip
     for name in ("low", "high", "switch"):
         exact = getattr(tables, name)
         noise = rng.standard_normal([n + 1 for n in exact.shape[:2]] + list(exact.shape[2:]))
