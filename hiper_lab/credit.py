@@ -30,6 +30,7 @@ from hiper_lab.grid import (
     next_turn,
     numbers,
     real_turns,
+    rewards_to_go,
 )
 from hiper_lab.scan import choose_method, reverse_scan
 
@@ -68,8 +69,8 @@ def in_effect(grid: TurnGrid, values: Values, config: CreditConfig) -> CreditCon
     if config.lam_schedule == "fixed" or config.estimator != "hae":
         return config
     shown = real_turns(grid) & grid.boundary
-    to_go = grid.reward.flip(1).cumsum(1).flip(1)[shown]
-    lam = config.lam_boundary * (1 - max(0.0, correlation(values.high[shown], to_go)))
+    rho = correlation(values.high[shown], rewards_to_go(grid)[shown])
+    lam = config.lam_boundary * (1 - max(0.0, rho))
     return replace(config, lam_boundary=lam, lam_schedule="fixed")
 
 

@@ -150,7 +150,8 @@ class CreditConfig:
     corrected by when low and switch bootstrap from it. 0 is the paper."""
     lam_schedule: Literal["fixed", "critic"] = "fixed"
     """``"critic"`` lowers λ_B as the critic gets better: λ_B (1 - ρ), with ρ ≥ 0 the correlation of
-    V_high at a batch's boundaries with the rewards still to come. Read by `hae` only."""
+    V_high at a batch's boundaries with the rewards still to come. Applied by
+    `hiper_lab.credit.estimate`, to ``"hae"`` only."""
     boundary_value: Literal["high", "low"] = "high"
     """What they bootstrap from, for the part that λ_B leaves: V_high of the next boundary, or
     V_low, which knows the next subgoal already (an early draft of the released code)."""
@@ -251,6 +252,15 @@ def layout(grid: TurnGrid, values: Values | None = None) -> tuple[Tensor, Tensor
 def real_turns(grid: TurnGrid) -> Bool[Tensor, "traj turn"]:
     """Where there is a turn and no padding."""
     return torch.arange(grid.reward.shape[1], device=grid.reward.device) < grid.length[:, None]
+
+
+def rewards_to_go(grid: TurnGrid) -> Float[Tensor, "traj turn"]:
+    """What an episode still earns from each turn on, undiscounted.
+
+    >>> rewards_to_go(TurnGrid.of(reward=[[0., 1., 2.]], switch=[[1, 0, 1]]))
+    tensor([[3., 3., 2.]])
+    """
+    return grid.reward.flip(1).cumsum(1).flip(1)
 
 
 def after_last_turn(

@@ -59,12 +59,13 @@ class RolloutConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}, expected one of {sorted(choices)}"
                 )
-        if (self.template == "flat") > (self.decoding == "action") or (
-            self.decoding == "action" and self.template not in ("compact", "flat")
-        ):
+        fitting = (
+            {"compact", "flat"} if self.decoding == "action" else {*protocol.TEMPLATES} - {"flat"}
+        )
+        if self.template not in fitting:
             raise ValueError(
-                f"template {self.template!r} with decoding {self.decoding!r}: expected template "
-                "'flat' (or 'compact') with decoding 'action', and 'flat' with no other"
+                f"template {self.template!r} with decoding {self.decoding!r}, "
+                f"expected one of {sorted(fitting)}"
             )
         least = {"history_turns": 0, "max_prompt_tokens": 1, "max_new_tokens": 1, "temperature": 0,
                  "decode_rows": 0}  # fmt: skip

@@ -26,7 +26,7 @@ from hiper_lab import memory, objective, trajectory
 from hiper_lab.config import TrainConfig
 from hiper_lab.credit import LEVELS, Credit, TurnGrid, Values, correlation, estimate, in_effect
 from hiper_lab.folder import Evaluation, RunFolder, State, StepReport, sole_writer
-from hiper_lab.grid import real_turns
+from hiper_lab.grid import real_turns, rewards_to_go
 from hiper_lab.objective import Sample, micro_batches
 from hiper_lab.parallel import Team, whole_tensor
 from hiper_lab.policy import Policy, load_model, name_of
@@ -477,7 +477,7 @@ def credit_metrics(
 ) -> dict[str, float]:
     """Spread of each level's advantage; how well each head predicts the return to go (γ = 1)."""
     valid = real_turns(grid)
-    to_go = grid.reward.flip(1).cumsum(1).flip(1)
+    to_go = rewards_to_go(grid)
     high = valid & (grid.boundary | high_everywhere)
     metrics = {}
     for level, mask in (("high", high), ("low", valid), ("switch", valid)):

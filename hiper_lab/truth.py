@@ -252,7 +252,13 @@ def head_errors(measured: pd.DataFrame) -> pd.DataFrame:
 
 def arms(config: TrainConfig) -> dict[str, CreditConfig]:
     """The estimators that the study compares, with the discount and truncation of a run."""
-    hae = replace(config.credit, estimator="hae", switch_advantage="return", whiten=False)
+    hae = replace(
+        config.credit,
+        estimator="hae",
+        lam_schedule="fixed",
+        switch_advantage="return",
+        whiten=False,
+    )
     flat = replace(hae, estimator="gae")
     boundary = {f"hae λ_B {x:g}": replace(hae, lam_boundary=x) for x in (0.0, 0.5, 0.95, 1.0)}
     return boundary | {"gae": flat, "gae λ 1": replace(flat, lam_low=1.0)}

@@ -133,10 +133,12 @@ def to_samples(
     """The expert's turns as the policy would have written them."""
     samples, decoding, limit = [], config.decoding, config.max_new_tokens
     for context, subgoal, action in (decision for episode in played for decision in episode):
-        draft, ids = Draft(), codec.write(subgoal != context.subgoal, subgoal, action)
         if decoding == "action":
             context, ids = replace(context, subgoal=""), codec.write_action(action)
+        else:
+            ids = codec.write(subgoal != context.subgoal, subgoal, action)
         prompt = codec.prompt(*protocol.render(config.template, context, config.history_turns))
+        draft = Draft()
         decoder = DECODERS[decoding](codec, draft, context.subgoal, context.admissible, limit)
         next(decoder)
         try:

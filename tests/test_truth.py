@@ -116,6 +116,12 @@ def test_what_can_not_be_measured_is_refused(state, estimator, why):
         truth.measure(state, {"odd": estimator}, turns=1)
 
 
+def test_the_arms_say_their_lambda_whatever_the_run_was_trained_with():
+    scheduled = TrainConfig.from_parameters(SETTINGS | {"lam_schedule": "critic", "whiten": True})
+    plain = TrainConfig.from_parameters(SETTINGS)
+    assert truth.arms(scheduled) == truth.arms(plain)
+
+
 def test_a_run_that_left_no_checkpoint_is_refused_and_left_alone(tmp_path, monkeypatch, capsys):
     folder.RunFolder(tmp_path, TrainConfig.from_parameters(SETTINGS))
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n')

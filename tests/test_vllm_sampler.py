@@ -21,7 +21,7 @@ from hiper_lab.envs.games import generate_game
 from hiper_lab.envs.household import HouseholdEnv
 from hiper_lab.policy import Policy, load_model
 from hiper_lab.rollout import RolloutConfig, collect
-from hiper_lab.sampling import Codec, allowed_mask, hf_sampler
+from hiper_lab.sampling import DECODINGS, Codec, allowed_mask, hf_sampler
 from hiper_lab.train import train
 from hiper_lab.vllm_sampler import (
     EngineError,
@@ -90,12 +90,13 @@ def server():
         yield running
 
 
-@pytest.mark.parametrize("decoding", ["guided", "free"])
+@pytest.mark.parametrize("decoding", DECODINGS)
 def test_greedy_text_and_logprobs_are_the_hf_samplers(server, decoding):
     policy, engine = tiny_policy(lora_rank=4), Server(server.address, None)
     engine.sync(policy, 0)
     codec, vllm, hf = samplers(engine, policy, temperature=0.0)
-    ours, theirs = (play(codec, s, decoding=decoding, template="full") for s in (vllm, hf))
+    template = "flat" if decoding == "action" else "full"
+    ours, theirs = (play(codec, s, decoding=decoding, template=template) for s in (vllm, hf))
     turns = [(a, b) for x, y in zip(ours, theirs, strict=True)
              for a, b in zip(x.turns, y.turns, strict=True)]  # fmt: skip
     for a, b in turns:
