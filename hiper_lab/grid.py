@@ -141,11 +141,11 @@ class CreditConfig:
 
     gamma: float = 0.98
     """Discount per turn, in (0, 1]."""
-    lam_low: float = 0.95
+    lam_low: float = 0.8
     """λ across the turns inside a segment (across all turns in `gae`), in [0, 1]."""
-    lam_high: float = 0.95
+    lam_high: float = 0.7
     """λ across segments, in [0, 1]. Applied once per segment, not once per turn."""
-    lam_boundary: float = 0.95
+    lam_boundary: float = 0.5
     """λ_B in [0, 1]: how much of the next boundary's high-level advantage its V_high is
     corrected by when low and switch bootstrap from it. 0 is the paper."""
     lam_schedule: Literal["fixed", "critic"] = "fixed"
@@ -203,7 +203,7 @@ class CreditConfig:
 
     @classmethod
     def lab(cls) -> "CreditConfig":
-        """What we train with: HAE with a boundary λ and the switch form that learned best."""
+        """What we train with: HAE with a boundary λ, short traces, the released switch advantage."""
         return cls()
 
     @classmethod

@@ -133,7 +133,7 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     file.write_text(json.dumps(older))
     RunFolder(tmp_path, small(iterations=0))
     with pytest.raises(ValueError, match="another credit; use another folder"):
-        RunFolder(tmp_path, small(iterations=0, lam_boundary=0.5))
+        RunFolder(tmp_path, small(iterations=0, lam_boundary=0.25))
     with pytest.raises(ValueError, match="another lr, seed; use another folder"):
         next(train.train(small(iterations=0, seed=4, lr=1e-3), tmp_path))
 

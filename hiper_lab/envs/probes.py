@@ -375,7 +375,7 @@ def whiten_population(trajectories: Trajectories, credit: Credit) -> Credit:
 
     >>> trajectories = enumerate_trajectories(kitchen())
     >>> values = read_values(trajectories, exact_values(kitchen()))
-    >>> config = CreditConfig(gamma=1.0, lam_low=1.0, lam_boundary=0.0)
+    >>> config = CreditConfig(gamma=1.0, lam_low=1.0, lam_high=0.95, lam_boundary=0.0)
     >>> credit = estimate(trajectories.grid, values, config)
     >>> credit = whiten_population(trajectories, credit)
     >>> round(gradient_statistics(trajectories, credit).cosine, 4)
