@@ -203,7 +203,7 @@ class CreditConfig:
 
     @classmethod
     def lab(cls) -> "CreditConfig":
-        """What we train with: HAE with a boundary λ, short traces, the released switch advantage."""
+        """What we train with: HAE with a boundary λ and short traces, released switch advantage."""
         return cls()
 
     @classmethod
