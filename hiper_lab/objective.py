@@ -347,10 +347,9 @@ def policy_loss(batch: Batch, now: Scores, config: PPOConfig) -> tuple[Tensor, L
         "policy/clip_fraction": ((ratio != clipped).sum().item(), n),
     }
     for role in (Role.SWITCH, Role.SUBGOAL, Role.ACTION):
-        mine = batch.role == role
-        logged[f"policy/entropy_{role.name.lower()}"] = (
-            now.entropy[mine].sum().item(), mine.sum().item(),
-        )  # fmt: skip
+        mine, name = batch.role == role, role.name.lower()
+        for what, each in (("kl", k3), ("entropy", now.entropy)):
+            logged[f"policy/{what}_{name}"] = (each[mine].sum().item(), mine.sum().item())
     total = loss + config.kl_coef * k3 - config.entropy_coef * now.entropy
     return total.sum(), logged
 

@@ -41,6 +41,8 @@ def test_kl_and_entropy_by_hand():
     loss, logged = objective.policy_loss(batch, now, PPOConfig(kl_coef=0.1, entropy_coef=0.01))
     k3 = 2.718282 - 1 - 1  # e^d − d − 1 at d = 1, and 0 at d = 0
     assert logged["policy/kl_k3"][0] == pytest.approx(k3, abs=1e-5)
+    assert logged["policy/kl_action"] == logged["policy/kl_k3"]  # all tokens are of actions here
+    assert logged["policy/kl_switch"] == (0, 0)
     assert loss.item() == pytest.approx(0.1 * k3 - 0.01 * 1.0, abs=1e-5)
 
 
