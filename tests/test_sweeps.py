@@ -3,6 +3,7 @@
 Most runs here are of a stand-in notebook that writes metrics without training anything.
 """
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,15 @@ def test_the_committed_records_are_of_the_committed_sweep(root):
         sweeps.RunFolder(folder / "hae_vs_gae" / name, config)  # refuses another configuration
     table = runs.results(folder / "hae_vs_gae")
     assert set(table["run"]) == set(plan.runs) and (table["state"] == "finished").all()
+
+
+@pytest.mark.parametrize("tier", ["", "_arms", "_fresh", "_tiers", "_shop"])
+def test_the_records_of_the_study_are_runs_of_its_sweeps(tier, root, tmp_path):
+    plan = runs.read_sweep(f"experiments/horizon{tier}.yaml")
+    # a copy: what may change within a run, the size of micro-batches here, is written down
+    kept = shutil.copytree(root / "experiments" / "results" / f"horizon{tier}", tmp_path / "kept")
+    for name in runs.results(kept)["run"]:
+        sweeps.RunFolder(kept / name, sweeps.TrainConfig.from_parameters(plan.runs[name]))
 
 
 def test_arms_are_all_combinations_of_the_axes(stand_in):
