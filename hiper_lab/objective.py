@@ -348,8 +348,9 @@ def policy_loss(batch: Batch, now: Scores, config: PPOConfig) -> tuple[Tensor, L
     }
     for role in (Role.SWITCH, Role.SUBGOAL, Role.ACTION):
         mine, name = batch.role == role, role.name.lower()
+        count = mine.sum().item()
         for what, each in (("kl", k3), ("entropy", now.entropy)):
-            logged[f"policy/{what}_{name}"] = (each[mine].sum().item(), mine.sum().item())
+            logged[f"policy/{what}_{name}"] = (each[mine].sum().item(), count)
     total = loss + config.kl_coef * k3 - config.entropy_coef * now.entropy
     return total.sum(), logged
 

@@ -251,7 +251,7 @@ def head_errors(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def arms(config: TrainConfig) -> dict[str, CreditConfig]:
-    """The estimators that the study compares, with the discount and truncation of a run."""
+    """The estimators that the study compares; what their names do not say is as in a run."""
     hae = replace(
         config.credit,
         estimator="hae",

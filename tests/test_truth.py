@@ -116,7 +116,7 @@ def test_what_can_not_be_measured_is_refused(state, estimator, why):
         truth.measure(state, {"odd": estimator}, turns=1)
 
 
-def test_the_arms_say_their_lambda_whatever_the_run_was_trained_with():
+def test_the_arms_have_no_schedule_and_no_whitening_whatever_the_run_had():
     scheduled = TrainConfig.from_parameters(SETTINGS | {"lam_schedule": "critic", "whiten": True})
     plain = TrainConfig.from_parameters(SETTINGS)
     assert truth.arms(scheduled) == truth.arms(plain)
