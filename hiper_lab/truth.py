@@ -251,17 +251,27 @@ def head_errors(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def arms(config: TrainConfig) -> dict[str, CreditConfig]:
-    """The estimators that the study compares; what their names do not say is as in a run."""
+    """The estimators that the study compares; γ and the rest are as in the run.
+
+    λ is 0.95 for every level where the name says nothing; ``hae lab`` has that of the preset.
+    """
+    lab = CreditConfig.lab()
     hae = replace(
         config.credit,
         estimator="hae",
+        lam_low=0.95,
+        lam_high=0.95,
+        lam_boundary=0.95,
         lam_schedule="fixed",
         switch_advantage="return",
         whiten=False,
     )
-    flat = replace(hae, estimator="gae")
-    boundary = {f"hae λ_B {x:g}": replace(hae, lam_boundary=x) for x in (0.0, 0.5, 0.95, 1.0)}
-    return boundary | {"gae": flat, "gae λ 1": replace(flat, lam_low=1.0)}
+    shorter = {name: getattr(lab, name) for name in ("lam_low", "lam_high", "lam_boundary")}
+    return {
+        **{f"hae λ_B {x:g}": replace(hae, lam_boundary=x) for x in (0.0, 0.5, 0.95, 1.0)},
+        "hae lab": replace(hae, **shorter),
+        **{f"gae λ {x:g}": replace(hae, estimator="gae", lam_low=x) for x in (0.8, 0.95, 1.0)},
+    }
 
 
 def main() -> None:

@@ -116,10 +116,16 @@ def test_what_can_not_be_measured_is_refused(state, estimator, why):
         truth.measure(state, {"odd": estimator}, turns=1)
 
 
-def test_the_arms_have_no_schedule_and_no_whitening_whatever_the_run_had():
-    scheduled = TrainConfig.from_parameters(SETTINGS | {"lam_schedule": "critic", "whiten": True})
-    plain = TrainConfig.from_parameters(SETTINGS)
-    assert truth.arms(scheduled) == truth.arms(plain)
+def test_the_arms_are_what_their_names_say_whatever_the_run_had():
+    odd = {"lam_schedule": "critic", "whiten": True, "estimator": "gae", "lam_low": 0.3,
+           "lam_high": 0.4, "lam_boundary": 0.1}  # fmt: skip
+    found = truth.arms(TrainConfig.from_parameters(SETTINGS | odd))
+    assert found == truth.arms(TrainConfig.from_parameters(SETTINGS))
+    assert found["gae λ 0.8"].estimator == "gae" and found["gae λ 0.8"].lam_low == 0.8
+    assert found["hae λ_B 0.5"].lam_boundary == 0.5 and found["hae λ_B 0.5"].lam_high == 0.95
+    lab = CreditConfig.lab()
+    lams = [(c.lam_low, c.lam_high, c.lam_boundary) for c in (found["hae lab"], lab)]
+    assert lams[0] == lams[1]
 
 
 def test_a_run_that_left_no_checkpoint_is_refused_and_left_alone(tmp_path, monkeypatch, capsys):
