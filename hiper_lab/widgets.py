@@ -14,6 +14,7 @@ Left out on purpose: pictures (see figures), texts (pages), numbers (credit), fi
 """
 
 import asyncio
+import json
 import math
 import re
 import typing
@@ -28,6 +29,7 @@ from typing import Any
 import ipywidgets as ui
 import numpy as np
 import pandas as pd
+import plotly
 import plotly.graph_objects as go
 import traitlets
 
@@ -60,14 +62,40 @@ def _parts(figure: go.Figure) -> tuple[list[str], set[str]]:
     return [trace.type for trace in figure.data], set(figure.layout.to_plotly_json()) - {"autosize"}
 
 
-class _Plot(go.FigureWidget):
-    """A plot of which the page hears together with its data.
+PATIENCE = 5.0  # seconds that a page has for showing that it heard of a first change
+# anywidget waits two seconds for a widget's module. Plotly's has 5 MB, and a plot for which a busy
+# page takes longer is drawn but never hears of a change. This module is there soon, and loads
+# plotly's from the string PLOTLY, once for all plots of a page.
+_MODULE = """
+const load = () => (globalThis[NAME] ??= import(
+  URL.createObjectURL(new Blob([PLOTLY], { type: "text/javascript" }))));
+export default () => {
+  let widget;
+  return {
+    initialize(model) {
+      widget = load().then((plotly) => {
+        const made = plotly.default();
+        made.initialize(model);
+        return made;
+      });
+    },
+    async render(view) { return (await widget).render(view); },
+  };
+};
+"""
 
-    plotly's own sends them in a second message; a busy page draws empty axes before it comes, and
-    never looks again.
-    """
+
+class _Plot(go.FigureWidget):
+    """A plot that a busy page draws whole, and keeps up to date."""
+
+    _esm = _MODULE.replace("NAME", json.dumps(f"hiper_lab plotly {plotly.__version__}")).replace(
+        "PLOTLY", json.dumps(str(go.FigureWidget._esm))
+    )
+
+    reports = 0  # by pages, of what they have drawn
 
     def open(self) -> None:
+        # plotly's own sends the data in a second message, after which a page does not look again
         if self._widget_data:
             super().open()
 
@@ -138,14 +166,28 @@ class _Inspector(ui.VBox):
         if figure is not None:
             self.plot = plot = _Plot(figure)
             plot.open()
-            # A page first draws 700 px wide, and reports it; then it can take the width there is.
-            plot.observe(lambda _: plot.update_layout(autosize=True), "_js2py_traceDeltas")
+            plot.observe(lambda report: self._reported(plot, report), "_js2py_traceDeltas")
             for trace in plot.data:
                 if trace.type in ("bar", "scatter"):
                     trace.on_click(self.clicked)
         self.frame.children = [] if self.plot is None else [self.plot]
         if old is not None:
             old.close()
+
+    def _reported(self, plot: _Plot, report: Mapping) -> None:
+        """A page has drawn a plot, or a change of it: what it takes from us it reports."""
+        if not report["new"]:
+            return
+        plot.reports += 1
+        if plot.reports == 1:  # a page first draws 700 px wide; then it can take the width there is
+            plot.plotly_update(relayout_data={"autosize": True})
+            asyncio.get_running_loop().call_later(PATIENCE, self._again, plot)
+
+    def _again(self, plot: _Plot) -> None:
+        """Show a plot anew if the page is deaf to it."""
+        if plot is self.plot and plot.reports == 1:
+            self._put(None)
+            self.render()
 
     def clicked(self, trace: Any, points: Any, _: Any) -> None:
         """A click on the picture; means nothing unless an inspector says otherwise."""

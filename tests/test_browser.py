@@ -81,7 +81,7 @@ def lab(tmp_path_factory, root):
 
 @pytest.fixture
 def page():
-    """A page of 1280 px; ``page.asked`` lists the addresses it requested."""
+    """A page of 1280 px; ``asked`` lists the addresses it requested, ``errors`` its errors."""
     with api.sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         binary = own if Path(own).exists() else shutil.which("chromium")
@@ -90,8 +90,10 @@ def page():
         chromium = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": 1280, "height": 4400})
         page.set_default_timeout(SLOWEST)
-        page.asked = []
+        page.asked, page.errors = [], []
         page.on("request", lambda request: page.asked.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.add_init_script(LATE)
         yield page
         chromium.close()
 
@@ -112,6 +114,11 @@ def until(page, script: str, argument=None) -> None:
         raise AssertionError(f"never true: {script} {argument}\n{text[-3000:]}") from error
 
 
+# the fourth plot, the monitor's, does not load in the time that anywidget has for it
+LATE = """(() => {
+    const real = AbortSignal.timeout.bind(AbortSignal);
+    let asked = 0;
+    AbortSignal.timeout = ms => real(ms == 2000 && ++asked == 4 ? 0 : ms) })()"""
 PLOTS = "const plots = document.querySelectorAll('.jp-OutputArea .js-plotly-plot');"
 # where the largest bar of the low level is in a plot, and its turn
 BAR = f"""k => {{ {PLOTS}
@@ -239,6 +246,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     drawn(page, 3, 0, list(LiveMonitor(folder / "live").figure().data[0].y))
     says(page, 3, "live/4/0008")
     press(page, 3, "follow")
+    assert "[anywidget] Failed to initialize model." in page.errors  # it was shown anew
 
     # nothing came from elsewhere
     here = (address.split("/lab/")[0], address.split("/lab/")[0].replace("http", "ws"), "data:",

@@ -71,6 +71,24 @@ def test_a_page_hears_of_a_plot_with_its_data(run, monkeypatch):
     assert told == [(inspector.plot, len(inspector.figure().data))]
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_plot_to_which_the_page_is_deaf_is_shown_anew(run, monkeypatch, heard):
+    """A page reports a plot when it has drawn it, and each change that it hears of."""
+    monkeypatch.setattr(widgets, "PATIENCE", 0.01)
+    inspector = TrajectoryInspector(run)
+    first = inspector.plot
+
+    async def page() -> None:
+        for edit in range(1 + heard):
+            first._js2py_traceDeltas = {"trace_deltas": [], "trace_edit_id": edit}
+        await asyncio.sleep(0.05)
+
+    asyncio.run(page())
+    assert first.layout.autosize  # the first change
+    assert (inspector.plot is first) == heard and inspector.frame.children == (inspector.plot,)
+    assert heard or shown_is(inspector)
+
+
 @pytest.mark.parametrize("kind", [TrajectoryInspector, CreditExplorer])
 def test_controls_clicks_and_addresses_move_one_selection(run, kind):
     inspector = kind(run)
