@@ -72,14 +72,14 @@ const load = () => (globalThis[NAME] ??= import(
 export default () => {
   let widget;
   return {
-    initialize(model) {
+    initialize(props) {
       widget = load().then((plotly) => {
         const made = plotly.default();
-        made.initialize(model);
+        made.initialize(props);
         return made;
       });
     },
-    async render(view) { return (await widget).render(view); },
+    async render(props) { return (await widget).render(props); },
   };
 };
 """
