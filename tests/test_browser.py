@@ -19,7 +19,13 @@ import nbformat
 import pytest
 from recorded import make_run
 
-from hiper_lab.widgets import CreditExplorer, LiveMonitor, RunComparer, TrajectoryInspector
+from hiper_lab.widgets import (
+    PATIENCE,
+    CreditExplorer,
+    LiveMonitor,
+    RunComparer,
+    TrajectoryInspector,
+)
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip, extra dev)")
 pytestmark = pytest.mark.slow
@@ -185,6 +191,7 @@ def test_sliders_and_clicks_in_jupyterlab(lab, page):
     lab_command("notebook:run-all-cells", wait=False)
     until(page, f"() => {{ {PLOTS} return plots.length == 4 "
           "&& [...plots].every(p => p._fullLayout?.width > 1000) }")  # fmt: skip
+    page.wait_for_timeout(1000 * PATIENCE + 2000)  # until all to which the page is deaf are new
     # what was chosen before the page had loaded plotly's code is what it shows
     says(page, 1, "demo/3/0003:0")
     explored = CreditExplorer(folder / "demo")
