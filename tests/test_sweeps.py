@@ -110,23 +110,20 @@ def test_the_committed_sweep_is_three_arms_by_three_seeds(root):
     assert {c.lr for c in configs.values()} == {base["lr"]}
 
 
-def test_the_committed_records_are_of_the_committed_sweep(root):
+@pytest.mark.parametrize(
+    "sweep",
+    ["hae_vs_gae", "horizon", "horizon_arms", "horizon_fresh", "horizon_tiers", "horizon_shop"],
+)
+def test_the_committed_records_are_of_the_committed_sweep(sweep, root, tmp_path):
     """Otherwise nobody could repeat them; a sweep into their folder would find nothing to do."""
-    plan, folder = runs.read_sweep("experiments/hae_vs_gae.yaml"), root / "experiments" / "results"
+    plan = runs.read_sweep(f"experiments/{sweep}.yaml")
+    # a copy: what may change within a run, as the size of micro-batches, is written down
+    folder = shutil.copytree(root / "experiments" / "results" / sweep, tmp_path / sweep)
     for name, parameters in plan.runs.items():
         config = sweeps.TrainConfig.from_parameters(parameters)
-        sweeps.RunFolder(folder / "hae_vs_gae" / name, config)  # refuses another configuration
-    table = runs.results(folder / "hae_vs_gae")
+        sweeps.RunFolder(folder / name, config)  # refuses another configuration
+    table = runs.results(folder)
     assert set(table["run"]) == set(plan.runs) and (table["state"] == "finished").all()
-
-
-@pytest.mark.parametrize("tier", ["", "_arms", "_fresh", "_tiers", "_shop"])
-def test_the_records_of_the_study_are_runs_of_its_sweeps(tier, root, tmp_path):
-    plan = runs.read_sweep(f"experiments/horizon{tier}.yaml")
-    # a copy: what may change within a run, the size of micro-batches here, is written down
-    kept = shutil.copytree(root / "experiments" / "results" / f"horizon{tier}", tmp_path / "kept")
-    for name in runs.results(kept)["run"]:
-        sweeps.RunFolder(kept / name, sweeps.TrainConfig.from_parameters(plan.runs[name]))
 
 
 def test_arms_are_all_combinations_of_the_axes(stand_in):
